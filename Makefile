@@ -1,0 +1,46 @@
+# make demo   the whole job on real handwritten digits      make test   lint, types and all tests
+# make check  lint, format and types only                   make bench  the benchmarks (minutes)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Two multi-threaded processes on one machine fight for cores; tests run one thread each.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+JOBS ?= 2
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/krdistill demo
+
+test: check
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/anchors.py --json benchmarks/results/anchors.json
+	$(BIN)/python benchmarks/augment.py --json benchmarks/results/augment.json
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'krdistill needs Python 3.10 or later; set PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing (about a minute) ..."
+	$(PIP) -e '.[train,onnx]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[train,onnx,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,45 @@
+"""What networks give and what objectives give: two small records that every floor shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        logits: shape ``(B, K)``.
+        feature: the input of the last linear layer, shape ``(B, D)``.
+    """
+
+    logits: Tensor
+    feature: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Named, weighted, per-sample loss terms.
+
+    Attributes:
+        terms: name to a tensor of shape ``(B,)``, the term's weight already in it.
+        stats: name to a per-sample statistic of shape ``(B,)`` that is logged but not trained on, such as whether
+            error correction fired.
+    """
+
+    terms: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """Sum over the terms, per sample, shape ``(B,)``."""
+        return sum(self.terms.values(), start=next(iter(self.terms.values())).new_zeros(()))
+
+    def mixed(self, other: LossTerms, share: Tensor | float) -> LossTerms:
+        """``share`` of these terms plus ``1 - share`` of the other's: the loss of a mixed label (mixup)."""
+        return LossTerms(
+            {k: share * v + (1 - share) * other.terms[k] for k, v in self.terms.items()},
+            self.stats,
+        )
