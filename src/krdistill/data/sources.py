@@ -1,0 +1,229 @@
+"""The table of data sources, where their files are looked for, and the one door through which they are read.
+
+This module imports neither torch nor Pillow until images are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ArgumentError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from .containers import LoadedImages
+
+OnUnreadable = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The file a data set is published as.
+
+    Attributes:
+        url: its address.
+        filename: the name it is stored under.
+        md5: checksum of the whole file, as published with the data set.
+    """
+
+    url: str
+    filename: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One data source.
+
+    Attributes:
+        name: what it is called here.
+        description: one line for a list.
+        citation: title, authors and year.
+        folder: the upstream folder under the data root; None where there are no files.
+        files: what has to be in the folder, each with its md5 checksum where one is published.
+        archive: what is downloaded; None where there is nothing to download.
+    """
+
+    name: str
+    description: str
+    citation: str
+    folder: str | None = None
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    archive: Archive | None = None
+
+
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+_KRIZHEVSKY = 'Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009'
+
+SOURCES: dict[str, SourceInfo] = {
+    info.name: info
+    for info in (
+        SourceInfo(
+            name="digits",
+            description="1,797 handwritten digits, grey 8x8, 10 classes; comes with scikit-learn",
+            citation='Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998',
+        ),
+        SourceInfo(
+            name="cifar10",
+            description="60,000 photographs, RGB 32x32, 10 classes",
+            citation=_KRIZHEVSKY,
+            folder="cifar-10-batches-py",
+            files={
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+                "test_batch": "40351d587109b95175f43aff81a1287e",
+                "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+            },
+            archive=Archive(
+                f"{_TORONTO}/cifar-10-python.tar.gz", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
+            ),
+        ),
+        SourceInfo(
+            name="cifar100",
+            description="60,000 photographs, RGB 32x32, 100 classes",
+            citation=_KRIZHEVSKY,
+            folder="cifar-100-python",
+            files={
+                "train": "16019d7e3df5f24257cddd939b257f8d",
+                "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+                "meta": "7973b15100ade9c7d40fb424638fde48",
+            },
+            archive=Archive(
+                f"{_TORONTO}/cifar-100-python.tar.gz", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
+            ),
+        ),
+        SourceInfo(
+            name="tiny-imagenet",
+            description="110,000 photographs, RGB 64x64, 200 classes; the validation part is the test part",
+            citation='Le and Yang, "Tiny ImageNet Visual Recognition Challenge", Stanford CS231n, 2015',
+            folder="tiny-imagenet-200",
+            files={"wnids.txt": None, "train": None, "val/images": None, "val/val_annotations.txt": None},
+            archive=Archive(
+                "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                "tiny-imagenet-200.zip",
+                "90528d7ca1a48142e341f4ef8d21d0de",
+            ),
+        ),
+    )
+}
+
+
+def list_sources() -> dict[str, str]:
+    """Names of the known sources, each with its one-line description."""
+    return {name: info.description for name, info in SOURCES.items()}
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that holds data sets: ``root``, else ``$KRDISTILL_DATA``, else ``~/.cache/krdistill/data``."""
+    return Path(root or os.environ.get("KRDISTILL_DATA") or "~/.cache/krdistill/data").expanduser()
+
+
+def source_info(name: str) -> SourceInfo:
+    """The record of a known source.
+
+    Raises:
+        DataError: there is no source of that name; the message names the nearest ones.
+    """
+    if name not in SOURCES:
+        raise DataError(
+            unknown_name(
+                "data source", name, SOURCES, hint="A folder of images is given by its path, such as ./my-images."
+            )
+        )
+    return SOURCES[name]
+
+
+def is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` names a folder of images: a path object, a text with a path separator, or a folder there is.
+
+    The name of a known source always means that source.
+    """
+    if not isinstance(source, str):
+        return True
+    return source not in SOURCES and ("/" in source or os.sep in source or Path(source).expanduser().is_dir())
+
+
+def locate(info: SourceInfo, root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of a source under the data root, with all its files there.
+
+    Raises:
+        DataError: the folder or one of its files is missing; the message holds the command that fetches it and says
+            where to put it by hand.
+    """
+    if info.folder is None or info.archive is None:
+        raise ArgumentError(f"{info.name} has no files of its own.")
+    base = data_root(root)
+    folder = base / info.folder
+    missing = [name for name in info.files if not (folder / name).exists()]
+    if not missing:
+        return folder
+    what = f"{folder} does not exist" if not folder.is_dir() else f"{folder} lacks {', '.join(missing)}"
+    raise DataError(
+        f"{info.name} is not at hand: {what}. Run `krdistill data download {info.name} --root {base}`, or unpack "
+        f"{info.archive.url} there by hand, so that {folder / next(iter(info.files))} exists. "
+        "Another data root is named by the environment variable KRDISTILL_DATA."
+    )
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    on_unreadable: OnUnreadable = "error",
+    test_fraction: float | None = None,
+    test_seed: int = 0,
+) -> LoadedImages:
+    """Reads a data source whole, uncut.
+
+    Args:
+        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or the path of a folder of images (see
+            :func:`krdistill.data.folder.load_folder` for its layout).
+        root: folder that holds the known data sets (see :func:`data_root`); a folder's path does not depend on it.
+        image_size: side in pixels. Images are scaled so that the shorter side fits, and cropped to the centre square
+            (bicubic, antialiased). None keeps the size they have, which then must be the same for all.
+        on_unreadable: for image files: ``error`` lists those that cannot be decoded, ``skip`` leaves them out and
+            says so in the notes.
+        test_fraction: for a folder without a test part: the share of images that is put aside as one (0.2).
+        test_seed: for ``digits`` and a folder without a test part: which images those are.
+
+    Returns:
+        ``(train, test, val, notes)``; ``val`` is None unless a folder has both a test and a validation part.
+
+    Raises:
+        DataError: the source is unknown, missing, damaged, unreadable or inconsistent.
+        ArgumentError: an option is out of range or does not apply to the source.
+    """
+    from . import cifar, digits, folder, tiny_imagenet
+    from .decoding import resize_images
+
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ArgumentError(f"Expected image_size to be a positive number of pixels, got {image_size!r}.")
+    if on_unreadable not in ("error", "skip"):
+        raise ArgumentError(f"Expected on_unreadable to be 'error' or 'skip', got {on_unreadable!r}.")
+    if is_folder(source):
+        return folder.load_folder(
+            source,
+            image_size=image_size,
+            on_unreadable=on_unreadable,
+            test_fraction=test_fraction,
+            test_seed=test_seed,
+        )
+    info = source_info(str(source))
+    if test_fraction is not None:
+        raise ArgumentError(f"test_fraction does not apply to {info.name}, which has a test part of its own.")
+    if info.name == "tiny-imagenet":
+        return tiny_imagenet.load_tiny_imagenet(locate(info, root), image_size=image_size, on_unreadable=on_unreadable)
+    if info.name == "digits":
+        loaded = digits.load_digits(test_seed=test_seed)
+    else:
+        loaded = cifar.load_cifar(locate(info, root), info.files, name=info.name)
+    if image_size is None:
+        return loaded
+    return loaded._replace(train=resize_images(loaded.train, image_size), test=resize_images(loaded.test, image_size))
