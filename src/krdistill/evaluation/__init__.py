@@ -1,0 +1,6 @@
+"""What predictions are worth (metrics) and whom a teacher favours (diagnosis)."""
+
+from .diagnosis import diagnose_teacher
+from .metrics import confusion_matrix, evaluate_predictions, prediction_record, reliability_curve
+
+__all__ = ["confusion_matrix", "diagnose_teacher", "evaluate_predictions", "prediction_record", "reliability_curve"]
