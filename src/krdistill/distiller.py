@@ -1,0 +1,168 @@
+"""The main job as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import stages
+from .config import RecipeConfig, TrainConfig, validate
+from .data import DataBundle, load_data
+from .data.containers import ImageData
+from .errors import ArgumentError, KrdistillError
+from .events import Events
+from .models.network import Network, build_network, channel_statistics, load_network, save_network
+from .models.teacher import Teacher
+from .recipes import resolve_recipe
+from .training.loop import collect_outputs
+from .training.task import best_device
+
+
+class Distiller:
+    """Distils a teacher into a small student that stays accurate on the rare classes.
+
+    Args:
+        teacher: a network's name (it is trained first), a run folder or a saved network's folder, or any trained
+            :class:`torch.nn.Module` that maps normalised images to logits (a :class:`Network` brings its own
+            normalisation; of any other module the data's mean and standard deviation are taken). None for the recipe
+            ``none``.
+        student: a network's name, or any module.
+        recipe: a name of ``krdistill list recipes``.
+        options: the recipe's options, over its defaults.
+        train: how the student is trained: a :class:`TrainConfig`, or a mapping of its fields.
+        teacher_train: how a teacher given by name is trained; by default as the student.
+        groups: rule of the class groups.
+        seed: of everything random.
+        device: as in the configuration.
+        events: hears what goes on.
+
+    Example::
+
+        distiller = Distiller(teacher="resnet20", student="resnet8", recipe="krdistill")
+        distiller.fit("digits")
+        print(distiller.evaluate()["groups"])
+        distiller.export("student.onnx")
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path | nn.Module | None = "resnet20",
+        student: str | nn.Module = "resnet8",
+        recipe: str = "krdistill",
+        *,
+        options: Mapping[str, Any] | None = None,
+        train: TrainConfig | Mapping[str, Any] | None = None,
+        teacher_train: TrainConfig | Mapping[str, Any] | None = None,
+        groups: str | tuple[int, int] = "shot",
+        seed: int = 0,
+        device: str = "auto",
+        events: Events | None = None,
+    ) -> None:
+        self.recipe, self.options = resolve_recipe(RecipeConfig(name=recipe, **dict(options or {})))
+        if teacher is None and "teacher" in self.recipe.needs:
+            raise ArgumentError(f"The recipe {recipe!r} needs a teacher, got None. Give one, or use the recipe 'none'.")
+        self.train = _train_config(train)
+        self.teacher_train = self.train if teacher_train is None else _train_config(teacher_train)
+        self.groups_rule, self.seed, self.device = groups, seed, best_device(device)
+        self.events = events or Events()
+        self._teacher, self._student = teacher, student
+        self.student_: Network | None = None
+        self.teacher_: Teacher | None = None
+        self.history_: dict[str, Any] = {}
+
+    def fit(self, data: DataBundle | str | Path) -> Distiller:
+        """Trains the teacher where it is only a name, measures it, and distils it into the student.
+
+        Args:
+            data: a bundle (:func:`krdistill.data.load_data`, :meth:`DataBundle.from_arrays`), a source's name, or the
+                path of a folder of images.
+        """
+        bundle = data if isinstance(data, DataBundle) else load_data(str(data))
+        self.data_ = bundle
+        self.prior_, self.groups_ = stages.measure(bundle, self.groups_rule)
+        student = self._network(self._student, bundle, self.seed + 1)
+        profile = None
+        if "teacher" in self.recipe.needs:
+            self.teacher_ = Teacher(self._resolve_teacher(bundle), class_names=self.prior_.class_names)
+            profile = stages.profile_teacher(self.teacher_, bundle, seed=self.seed, device=self.device)
+        self.profile_ = profile
+        objective = stages.build_objective(
+            self.recipe, self.options, self.prior_, self.groups_, student, profile, seed=self.seed,
+            label_smoothing=self.train.label_smoothing,
+        )  # fmt: skip
+        trained = stages.distil(
+            student, bundle, self.groups_, objective, self.teacher_, self.train, seed=self.seed, device=self.device,
+            events=self.events,
+        )  # fmt: skip
+        self.student_, self.history_ = trained.network, trained.record
+        return self
+
+    def evaluate(self, data: ImageData | None = None) -> dict[str, Any]:
+        """Metrics of the student on the test images, or on others of the same classes."""
+        scores, _ = stages.evaluate_network(
+            self._fitted(), data if data is not None else self.data_.test, self.groups_, device=self.device
+        )
+        return scores
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Class probabilities ``(N, K)`` of uint8 images ``(N, H, W, C)``."""
+        student = self._fitted()
+        height, width = student.image_size
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (height, width, student.channels):
+            raise ArgumentError(
+                f"Expected uint8 images (N, {height}, {width}, {student.channels}), "
+                f"got {images.dtype} {tuple(images.shape)}."
+            )
+        blank = torch.zeros(len(images), dtype=torch.int64)
+        data = ImageData(images, blank, student.class_names, tuple(map(str, range(len(images)))), "predict")
+        return collect_outputs(student, data, device=self.device)[0].softmax(1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the student (``model.safetensors``, ``network.json``) into a folder."""
+        save_network(self._fitted(), Path(folder))
+        return Path(folder)
+
+    def export(self, path: str | Path) -> dict[str, Any]:
+        """Writes an ONNX file and checks it against PyTorch on the test images."""
+        from .deploy import export_onnx, verify_onnx
+
+        export_onnx(self._fitted(), Path(path))
+        return verify_onnx(Path(path), self._fitted(), self.data_.test.images)
+
+    def _fitted(self) -> Network:
+        if self.student_ is None:
+            raise KrdistillError("There is no student yet. Call fit(data) first.")
+        return self.student_
+
+    def _resolve_teacher(self, bundle: DataBundle) -> Network:
+        given = self._teacher
+        if isinstance(given, nn.Module):
+            return self._network(given, bundle, self.seed)
+        path = Path(str(given))
+        if isinstance(given, Path) or path.is_dir():
+            return load_network(path / "teacher" if (path / "teacher").is_dir() else path)
+        return stages.train_teacher(
+            bundle, self.prior_, self.groups_, model=str(given), train=self.teacher_train, seed=self.seed,
+            device=self.device, events=self.events,
+        ).network  # fmt: skip
+
+    def _network(self, given: str | nn.Module, bundle: DataBundle, seed: int) -> Network:
+        if isinstance(given, Network):
+            return given
+        if isinstance(given, nn.Module):
+            mean, std = channel_statistics(bundle.train.images)
+            return Network(
+                given, class_names=self.prior_.class_names, mean=mean, std=std, image_size=bundle.train.image_size
+            )
+        return build_network(given, class_names=self.prior_.class_names, images=bundle.train.images, seed=seed)
+
+
+def _train_config(given: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+    if isinstance(given, TrainConfig):
+        return given
+    config: TrainConfig = validate(TrainConfig, dict(given or {}), where="train")
+    return config

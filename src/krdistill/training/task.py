@@ -1,0 +1,75 @@
+"""What a training step is: images and labels in, named loss terms out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models.network import Network
+from ..models.teacher import Teacher
+from ..objective import Objective
+from ..outputs import LossTerms
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A step's loss terms (per sample) and the student's logits ``(B, K)``."""
+
+    terms: LossTerms
+    logits: Tensor
+
+
+class Task(nn.Module):
+    """A network to be trained, the objective it is trained with, and the teacher it may learn from.
+
+    The teacher is no submodule: it is neither trained, nor saved, nor moved into checkpoints.
+
+    Args:
+        network: what is trained.
+        objective: what it is trained with; its projectors are trained too.
+        teacher: asked for every batch where the objective needs one.
+    """
+
+    def __init__(self, network: Network, objective: Objective, teacher: Teacher | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+        self._teacher = [teacher] if teacher is not None and objective.needs_teacher else []
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._teacher[0] if self._teacher else None
+
+    def forward(self, images: Tensor, labels: Tensor) -> StepOutput:
+        """Loss terms of a batch of images ``(B, C, H, W)`` with labels ``(B,)``."""
+        answer = self.teacher(images) if self.teacher is not None else None
+        said = self.network(images)
+        return StepOutput(self.objective(said, answer, labels), said.logits.detach())
+
+    def mixed(self, images: Tensor, labels: Tensor, partners: Tensor, share: float) -> StepOutput:
+        """The step for images mixed with others: every term for both labels, by their shares.
+
+        Args:
+            images: mixed images ``(B, C, H, W)``.
+            labels: labels of the images with weight ``share``, ``(B,)``.
+            partners: labels of the images with weight ``1 - share``, ``(B,)``.
+            share: in [0, 1].
+        """
+        answer = self.teacher(images) if self.teacher is not None else None
+        said = self.network(images)
+        own, other = self.objective(said, answer, labels), self.objective(said, answer, partners)
+        return StepOutput(own.mixed(other, share), said.logits.detach())
+
+
+def place(module: nn.Module, device: torch.device) -> None:
+    """Moves a module to a device, its weights in channels-last order (faster for images on CPU and GPU)."""
+    module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def best_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
