@@ -98,7 +98,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("K", "D"), help="measure this size alone, print JSON")
     options = parser.parse_args()
     if options.size:
-        print(json.dumps(measure(*options.size, options.threads)))
+        num_classes, dim = options.size
+        print(json.dumps(measure(num_classes, dim, options.threads)))
         return
     results = []
     for K, D in SIZES:

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 from krdistill.anchors import align_anchors, balanced_anchors
 from krdistill.errors import ModelError
 from krdistill.losses import balanced_softmax, kd_divergence
-from krdistill.objective import Objective, ObjectiveContext, TeacherProfile, resolve_tau
-from krdistill.outputs import LossTerms, Outputs
+from krdistill.objective import Objective, ObjectiveContext, TeacherProfile
+from krdistill.outputs import LossTerms, Outputs, Step
 from krdistill.priors import ClassPrior
 from krdistill.recipes import list_recipes, recipe
+from krdistill.recipes.distill import resolve_tau
 from krdistill.rectify import auto_tau, blend_features, correct_errors, mean_prediction, rarity, remove_prior
 from krdistill.rng import derive_seed
 
@@ -31,7 +32,7 @@ def _profile() -> TeacherProfile:
 
 
 def _context(seed: int = 0) -> ObjectiveContext:
-    return ObjectiveContext(PRIOR, PRIOR.groups("thirds"), D_S, _profile(), seed)
+    return ObjectiveContext(prior=PRIOR, groups=PRIOR.groups("thirds"), student_dim=D_S, teacher=_profile(), seed=seed)
 
 
 def _batch() -> tuple[Outputs, Outputs, torch.Tensor]:
@@ -48,7 +49,7 @@ def _build(name: str, **options: object) -> Objective:
 
 def test_kd_is_its_formula() -> None:
     student, teacher, labels = _batch()
-    terms = _build("kd")(student, teacher, labels).terms
+    terms = _build("kd")(Step(student, labels, teacher)).terms
     assert set(terms) == {"classification", "kd"}
     assert torch.allclose(terms["classification"], 0.1 * F.cross_entropy(student.logits, labels, reduction="none"))
     want = (
@@ -62,7 +63,7 @@ def test_kd_is_its_formula() -> None:
 def test_krdistill_is_classification_plus_lrd_plus_rrd() -> None:
     student, teacher, labels = _batch()
     objective = _build("krdistill", correction="swap", tau=1.2, temperature=3.0, feature_weight=2.0)
-    out = objective(student, teacher, labels)
+    out = objective(Step(student, labels, teacher))
     terms = out.terms
     log_prior = PRIOR.log_prior
     assert torch.allclose(
@@ -73,7 +74,7 @@ def test_krdistill_is_classification_plus_lrd_plus_rrd() -> None:
     means = _profile().class_means
     anchors = align_anchors(balanced_anchors(K, D_T, seed=derive_seed(0, "anchors") % 2**31), means)
     goal = blend_features(teacher.feature, labels, anchors, rarity(PRIOR.counts, 0.5))
-    projected = objective.feature.projector(student.feature)
+    projected = objective.terms[2].module.projector(student.feature)
     assert torch.allclose(terms["rrd"], 2 * (1 - F.cosine_similarity(projected, goal)), atol=1e-5)
     fired = remove_prior(teacher.logits, log_prior, 1.2).argmax(1) != labels
     assert torch.equal(out.stats["corrected"].bool(), fired)
@@ -99,7 +100,7 @@ def test_krdistill_is_classification_plus_lrd_plus_rrd() -> None:
 def test_every_option_changes_the_loss(option: str, values: tuple[object, ...]) -> None:
     student, teacher, labels = _batch()
     losses = [
-        float(_build("krdistill", **{option: v})(student, teacher, labels).total().sum().detach()) for v in values
+        float(_build("krdistill", **{option: v})(Step(student, labels, teacher)).total().sum().detach()) for v in values
     ]
     assert len({round(v, 5) for v in losses}) == len(values)
 
@@ -110,7 +111,7 @@ def test_uniform_prior_and_right_teacher_make_lrd_plain_kd() -> None:
     right = Outputs(teacher.logits + 50 * F.one_hot(labels, K), teacher.feature)
     entry = recipe("krdistill-lrd")
     context = ObjectiveContext(prior, prior.groups("shot"), D_S, _profile())
-    out = entry.build(entry.resolve({}), context)(student, right, labels)
+    out = entry.build(entry.resolve({}), context)(Step(student, labels, right))
     assert torch.allclose(out.terms["lrd"], kd_divergence(student.logits, right.logits, temperature=4.0), atol=1e-4)
     assert torch.allclose(
         out.terms["classification"], F.cross_entropy(student.logits, labels, reduction="none"), atol=1e-5
@@ -129,9 +130,9 @@ def test_auto_tau_and_teacher_prior_come_from_the_profile() -> None:
 
 def test_gradients_reach_the_student_and_the_projector_only() -> None:
     student, teacher, labels = _batch()
-    leaves = [t.clone().requires_grad_() for t in (*student, *teacher)]
+    leaves = [t.clone().requires_grad_() for t in (*student[:2], *teacher[:2])]
     objective = _build("krdistill")
-    objective(Outputs(*leaves[:2]), Outputs(*leaves[2:]), labels).total().mean().backward()
+    objective(Step(Outputs(*leaves[:2]), labels, Outputs(*leaves[2:]))).total().mean().backward()
     assert leaves[0].grad is not None and leaves[1].grad is not None
     assert leaves[2].grad is None and leaves[3].grad is None
     assert all(p.grad is not None for p in objective.parameters())
@@ -151,7 +152,7 @@ def test_objectives_are_reproducible_and_leave_the_global_generator_alone() -> N
 def test_every_recipe_builds_and_gives_finite_per_sample_terms(name: str) -> None:
     student, teacher, labels = _batch()
     objective = _build(name)
-    out = objective(student, teacher if objective.needs_teacher else None, labels)
+    out = objective(Step(student, labels, teacher if objective.needs_teacher else None))
     assert objective.needs_teacher == ("teacher" in recipe(name).needs)
     for term in out.terms.values():
         assert term.shape == (B,) and torch.isfinite(term).all()
@@ -160,10 +161,10 @@ def test_every_recipe_builds_and_gives_finite_per_sample_terms(name: str) -> Non
 def test_a_missing_teacher_is_said() -> None:
     student, _, labels = _batch()
     with pytest.raises(ModelError, match="teacher"):
-        _build("kd")(student, None, labels)
+        _build("kd")(Step(student, labels))
     entry = recipe("krdistill")
     bare = ObjectiveContext(PRIOR, PRIOR.groups("shot"), D_S, None)
-    with pytest.raises(ModelError, match="need a teacher"):
+    with pytest.raises(ModelError, match="needs a teacher"):
         entry.build(entry.resolve({}), bare)
 
 

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import ConfigError, unknown_name
 
+GroupRule = Literal["shot", "thirds"] | tuple[int, int]
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values do not change after loading."""
@@ -51,7 +53,7 @@ class DataConfig(Section):
     image_size: int | None = Field(default=None, ge=8)
     on_unreadable: Literal["error", "skip"] = "error"
     empty: Literal["error", "drop"] = "error"
-    groups: Literal["shot", "thirds"] | tuple[int, int] = "shot"
+    groups: GroupRule = "shot"
 
     @field_validator("imbalance_factor")
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
-from .config import RecipeConfig, TrainConfig, validate
+from .config import GroupRule, RecipeConfig, TrainConfig, validate
 from .data import DataBundle, load_data
 from .data.containers import ImageData
 from .errors import ArgumentError, KrdistillError
@@ -57,7 +57,7 @@ class Distiller:
         options: Mapping[str, Any] | None = None,
         train: TrainConfig | Mapping[str, Any] | None = None,
         teacher_train: TrainConfig | Mapping[str, Any] | None = None,
-        groups: str | tuple[int, int] = "shot",
+        groups: GroupRule = "shot",
         seed: int = 0,
         device: str = "auto",
         events: Events | None = None,
@@ -92,7 +92,7 @@ class Distiller:
         self.profile_ = profile
         objective = stages.build_objective(
             self.recipe, self.options, self.prior_, self.groups_, student, profile, seed=self.seed,
-            label_smoothing=self.train.label_smoothing,
+            label_smoothing=self.train.label_smoothing, teacher=self.teacher_, labels=bundle.train.labels,
         )  # fmt: skip
         trained = stages.distil(
             student, bundle, self.groups_, objective, self.teacher_, self.train, seed=self.seed, device=self.device,

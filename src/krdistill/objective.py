@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .anchors import align_anchors, balanced_anchors
 from .errors import ModelError
-from .losses import BalancedSoftmax, CrossEntropy, LogitRectifiedDistillation, RepresentationRectifiedDistillation
-from .losses.krdistill import group_sample_weights
-from .outputs import LossTerms, Outputs
+from .losses import BalancedSoftmax, CrossEntropy
+from .outputs import LossTerms, Step
 from .priors import ClassGroups, ClassPrior
-from .recipes import DistillOptions, Options
-from .rectify import auto_tau, mean_prediction, rarity
-from .rng import derive_seed
+from .rectify import mean_prediction
+
+Call = Callable[[nn.Module, Step], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +50,9 @@ class ObjectiveContext:
         teacher: the teacher's profile, or None where the recipe takes no teacher.
         seed: for anchors and projectors.
         label_smoothing: of the classification loss.
+        student_maps: channels of the student's stages, where its network names them.
+        teacher_maps: channels of the teacher's stages.
+        labels: of the training images, ``(N,)``, for methods that keep a memory of every image.
     """
 
     prior: ClassPrior
@@ -60,142 +61,148 @@ class ObjectiveContext:
     teacher: TeacherProfile | None = None
     seed: int = 0
     label_smoothing: float = 0.0
+    student_maps: tuple[int, ...] = ()
+    teacher_maps: tuple[int, ...] = ()
+    labels: Tensor | None = None
 
-    def require_teacher(self, recipe: str) -> TeacherProfile:
+    def require_teacher(self, what: str) -> TeacherProfile:
         if self.teacher is None:
-            raise ModelError(
-                f"Recipe options of {recipe} need a teacher, got none; give one, or use the recipe 'none'."
-            )
+            raise ModelError(f"{what} needs a teacher, got none. Give one, or use the recipe 'none'.")
         return self.teacher
 
+    def require_maps(self, what: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Channels of the student's and the teacher's stages."""
+        if not self.student_maps or not self.teacher_maps:
+            who = "student" if not self.student_maps else "teacher"
+            raise ModelError(f"{what} needs the stages of both networks, but the {who} is not one of krdistill's own.")
+        return self.student_maps, self.teacher_maps
 
-class Objective(nn.Module):
-    """Classification loss plus weighted distillation terms; gives per-sample :class:`LossTerms`.
+
+# How a term's module is called ---------------------------------------------------------------------------------------
+
+
+def on_labels(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_logits, labels)``."""
+    return module(step.student.logits, step.labels)
+
+
+def on_labels_and_progress(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_logits, labels, progress)``."""
+    return module(step.student.logits, step.labels, step.progress)
+
+
+def on_logits(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_logits, teacher_logits, labels)``."""
+    return module(step.student.logits, _answer(step).logits, step.labels)
+
+
+def on_features(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_feature, teacher_feature, labels)``."""
+    return module(step.student.feature, _answer(step).feature, step.labels)
+
+
+def on_feature_pairs(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_feature, teacher_feature)``."""
+    return module(step.student.feature, _answer(step).feature)
+
+
+def on_indexed_features(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_feature, teacher_feature, rows)``."""
+    if step.rows is None:
+        raise ModelError("This term keeps a memory of every training image and needs their row numbers, got None.")
+    return module(step.student.feature, _answer(step).feature, step.rows)
+
+
+def on_maps(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_maps, teacher_maps)``."""
+    return module(step.student.maps, _answer(step).maps)
+
+
+def _answer(step: Step) -> Any:
+    if step.teacher is None:
+        raise ModelError("This objective needs the teacher's outputs, got None.")
+    return step.teacher
+
+
+class Term(nn.Module):
+    """One weighted, named part of an objective.
 
     Args:
-        classification: module ``(logits, labels) -> (B,)``.
-        classification_weight: its weight; 0 leaves it out.
-        logit: module ``(student_logits, teacher_logits, labels) -> (B,)``, or None.
-        logit_weight: its weight.
-        feature: module ``(student_feature, teacher_feature, labels) -> (B,)``, or None; it may hold a projector.
-        feature_weight: its weight.
-        names: names of the logit and the feature term in the log.
+        name: in the log.
+        module: gives per-sample values ``(B,)``.
+        call: how the module is called, one of the ``on_...`` functions.
+        weight: of the term.
+        warmup: share of the training over which the weight rises from 0.
+        stats: name to a function of the step, logged by class and not trained on.
     """
 
     def __init__(
         self,
-        classification: nn.Module,
+        name: str,
+        module: nn.Module,
+        call: Call,
         *,
-        classification_weight: float = 1.0,
-        logit: nn.Module | None = None,
-        logit_weight: float = 1.0,
-        feature: nn.Module | None = None,
-        feature_weight: float = 1.0,
-        names: tuple[str, str] = ("logit", "feature"),
+        weight: float = 1.0,
+        warmup: float = 0.0,
+        stats: Mapping[str, Call] | None = None,
     ) -> None:
         super().__init__()
-        self.classification = classification
-        self.logit = logit
-        self.feature = feature
-        self.weights = {"classification": classification_weight, "logit": logit_weight, "feature": feature_weight}
-        self.names = names
-        self.summary: dict[str, Any] = {}
+        self.name, self.module, self.call, self.weight, self.warmup = name, module, call, weight, warmup
+        self.stats = dict(stats or {})
+
+    def forward(self, step: Step) -> Tensor:
+        rise = min(1.0, step.progress / self.warmup) if self.warmup > 0 else 1.0
+        return self.weight * rise * self.call(self.module, step)
+
+
+class Objective(nn.Module):
+    """A sum of terms; gives per-sample :class:`LossTerms`. It may hold projectors, which are trained with the student.
+
+    Args:
+        terms: at least one; those of weight 0 are left out.
+        sampler: how the training images are drawn (``krdistill.training.sampling``).
+        summary: facts found while building, such as an automatic tau, for the record.
+    """
+
+    def __init__(
+        self, terms: Sequence[Term], *, sampler: str = "instance", summary: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        used = [term for term in terms if term.weight > 0]
+        if not used or len({term.name for term in used}) != len(used):
+            raise ModelError(f"Expected terms with different names and some weight, got {[t.name for t in terms]}.")
+        self.terms = nn.ModuleList(used)
+        self.sampler = sampler
+        self.summary = dict(summary or {})
 
     @property
     def needs_teacher(self) -> bool:
-        return self.logit is not None or self.feature is not None
+        return any(term.call not in _WITHOUT_TEACHER for term in self._terms())
 
-    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor) -> LossTerms:
-        """Loss terms of a batch.
+    @property
+    def needs_maps(self) -> bool:
+        return any(term.call is on_maps for term in self._terms())
 
-        Args:
-            student: the student's outputs.
-            teacher: the teacher's, or None where :attr:`needs_teacher` is false.
-            labels: shape ``(B,)``.
-        """
-        terms: dict[str, Tensor] = {}
-        stats: dict[str, Tensor] = {}
-        if self.weights["classification"] > 0:
-            terms["classification"] = self.weights["classification"] * self.classification(student.logits, labels)
-        if self.needs_teacher:
-            if teacher is None:
-                raise ModelError("This objective needs the teacher's outputs, got None.")
-            if self.logit is not None:
-                terms[self.names[0]] = self.weights["logit"] * self.logit(student.logits, teacher.logits, labels)
-                if isinstance(self.logit, LogitRectifiedDistillation) and self.logit.correction != "none":
-                    stats["corrected"] = self.logit.corrected(teacher.logits, labels)
-            if self.feature is not None:
-                terms[self.names[1]] = self.weights["feature"] * self.feature(student.feature, teacher.feature, labels)
+    def forward(self, step: Step) -> LossTerms:
+        """Loss terms of a batch."""
+        terms = {term.name: term(step) for term in self._terms()}
+        stats = {name: call(t.module, step) for t in self._terms() for name, call in t.stats.items()}
         return LossTerms(terms, stats)
 
+    def _terms(self) -> list[Term]:
+        return [term for term in self.terms if isinstance(term, Term)]
 
-def classification_loss(
-    name: Literal["cross-entropy", "balanced-softmax"], prior: ClassPrior, label_smoothing: float = 0.0
-) -> nn.Module:
+
+_WITHOUT_TEACHER = (on_labels, on_labels_and_progress)
+
+
+def classification_loss(name: str, prior: ClassPrior, label_smoothing: float = 0.0) -> nn.Module:
     """A classification loss by name."""
     if name == "balanced-softmax":
         return BalancedSoftmax(prior.counts, label_smoothing=label_smoothing)
     return CrossEntropy(label_smoothing=label_smoothing)
 
 
-def supervised_objective(options: Options, context: ObjectiveContext) -> Objective:
-    """An objective without a teacher."""
-    loss = classification_loss(options.classification, context.prior, context.label_smoothing)
-    return Objective(loss, classification_weight=options.classification_weight)
-
-
-def distillation_objective(options: DistillOptions, context: ObjectiveContext) -> Objective:
-    """An objective of a (rectified) logit term and a (rectified) feature term, as the options say."""
-    logit = _logit_term(options, context) if options.logit_weight > 0 else None
-    feature = _feature_term(options, context) if options.feature_weight > 0 else None
-    rectified_logits = options.prior != "none" or options.correction != "none"
-    objective = Objective(
-        classification_loss(options.classification, context.prior, context.label_smoothing),
-        classification_weight=options.classification_weight,
-        logit=logit,
-        logit_weight=options.logit_weight,
-        feature=feature,
-        feature_weight=options.feature_weight,
-        names=("lrd" if rectified_logits else "kd", "rrd" if options.rectify != "none" else "feature"),
-    )
-    if isinstance(logit, LogitRectifiedDistillation):
-        objective.summary["tau"] = logit.tau
-    return objective
-
-
-def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Tensor, float]:
-    """The log prior that is removed from the teacher's logits, and how much of it."""
-    if options.prior == "none":
-        return torch.zeros(context.prior.num_classes, dtype=torch.float64), 0.0
-    teacher = context.require_teacher("prior removal")
-    log_prior = context.prior.log_prior if options.prior == "label" else teacher.log_prior()
-    if options.tau == "auto":
-        return log_prior, auto_tau(teacher.view_logits, teacher.view_labels, log_prior)
-    return log_prior, float(options.tau)
-
-
-def _logit_term(options: DistillOptions, context: ObjectiveContext) -> nn.Module:
-    log_prior, tau = resolve_tau(options, context)
-    weights = group_sample_weights(context.prior.counts, context.groups.index) if options.group_weights else None
-    return LogitRectifiedDistillation(
-        log_prior, tau=tau, correction=options.correction, temperature=options.temperature, class_weights=weights
-    )
-
-
-def _feature_term(options: DistillOptions, context: ObjectiveContext) -> nn.Module:
-    means = context.require_teacher("feature matching").class_means
-    anchors = None
-    if options.rectify != "none":
-        seed = derive_seed(context.seed, "anchors") % 2**31
-        anchors = align_anchors(balanced_anchors(means.shape[0], means.shape[1], seed=seed), means)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(context.seed, "projector"))
-        return RepresentationRectifiedDistillation(
-            anchors,
-            student_dim=context.student_dim,
-            teacher_dim=means.shape[1],
-            rectify=options.rectify,
-            class_means=means if options.rectify == "recentre" else None,
-            strength=rarity(context.prior.counts, options.blend_strength) if options.rectify == "blend" else None,
-            distance=options.distance,
-        )
+def classification_term(name: str, prior: ClassPrior, *, label_smoothing: float = 0.0, weight: float = 1.0) -> Term:
+    """The classification loss as a term."""
+    return Term("classification", classification_loss(name, prior, label_smoothing), on_labels, weight=weight)

@@ -1,4 +1,4 @@
-"""What networks give and what objectives give: two small records that every floor shares."""
+"""What networks give and what objectives give: small records that every floor shares."""
 
 from __future__ import annotations
 
@@ -14,10 +14,30 @@ class Outputs(NamedTuple):
     Attributes:
         logits: shape ``(B, K)``.
         feature: the input of the last linear layer, shape ``(B, D)``.
+        maps: the output of every stage ``(B, C_i, H_i, W_i)``, the deepest last; empty where nobody asked.
     """
 
     logits: Tensor
     feature: Tensor
+    maps: tuple[Tensor, ...] = ()
+
+
+class Step(NamedTuple):
+    """What the terms of an objective may look at.
+
+    Attributes:
+        student: the student's outputs.
+        labels: shape ``(B,)``.
+        teacher: the teacher's outputs, or None.
+        rows: numbers of the training images, shape ``(B,)``, or None outside a training set.
+        progress: share of the training that is done, in [0, 1).
+    """
+
+    student: Outputs
+    labels: Tensor
+    teacher: Outputs | None = None
+    rows: Tensor | None = None
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)

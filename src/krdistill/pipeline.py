@@ -26,7 +26,7 @@ from .files import read_json, replacing, write_json
 from .models import create_model, model_info
 from .models.network import Network, build_network, load_network, save_network
 from .models.teacher import Teacher
-from .objective import Objective, ObjectiveContext, TeacherProfile, classification_loss
+from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from .priors import ClassGroups, ClassPrior
 from .recipes import Options, Recipe, resolve_recipe
 from .runfolder import (
@@ -174,7 +174,9 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
 
     if not config.teacher.run and folder.done("teacher") is None:
         train = config.teacher.train
-        task = Task(copy.deepcopy(teacher_network), Objective(classification_loss("cross-entropy", plan.prior)))
+        task = Task(
+            copy.deepcopy(teacher_network), Objective([classification_term(config.teacher.classification, plan.prior)])
+        )
         result["teacher"] = seconds(task, train) * left("teacher", train)
     teacher = Teacher(teacher_network, class_names=names)
     dim = teacher.feature_dim
@@ -192,7 +194,16 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
         asks = "teacher" in recipe.needs
         if asks not in known:
             student = build_network(config.student.model, class_names=names, images=images)
-            objective = build_objective(recipe, options, plan.prior, plan.groups, student, profile if asks else None)
+            objective = build_objective(
+                recipe,
+                options,
+                plan.prior,
+                plan.groups,
+                student,
+                profile if asks else None,
+                teacher=teacher,
+                labels=data.train.labels,
+            )
             known[asks] = seconds(Task(student, objective, teacher), config.student.train)
         result[stage] = known[asks] * left(stage, config.student.train)
     return result
@@ -219,7 +230,8 @@ def open_folder(plan: Plan, out: Path) -> RunFolder:
         if old != split["checksum"]:
             raise RunFolderError(
                 f"{folder.path} was begun on other data (split checksum {str(old)[:12]}, "
-                f"now {split['checksum'][:12]}): the files changed since. Nothing was touched. Choose another folder with --out."
+                f"now {split['checksum'][:12]}): the files changed since. Nothing was touched. "
+                "Choose another folder with --out."
             )
     write_json(known, split)
     folder.note_provenance(
@@ -297,7 +309,7 @@ def _diagnosis_stage(folder: RunFolder, plan: Plan, teacher: Teacher, events: Ev
             )  # fmt: skip
         logits, _ = collect_outputs(teacher, plan.data.test, device=plan.device)
         train_logits, _ = collect_outputs(teacher, plan.data.train, device=plan.device)
-        context = ObjectiveContext(plan.prior, plan.groups, 1, profile)
+        context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
         rectified, tau, prior = rectified_logits(logits, plan.options, context)
         diagnosis = diagnose_teacher(
             logits, plan.data.test.labels, plan.prior, plan.groups, rectified_logits=rectified,
@@ -326,7 +338,7 @@ def _student_stage(
         asks = "teacher" in recipe.needs
         objective = build_objective(
             recipe, options, plan.prior, plan.groups, student, profile if asks else None, seed=seed,
-            label_smoothing=train.label_smoothing,
+            label_smoothing=train.label_smoothing, teacher=teacher if asks else None, labels=plan.data.train.labels,
         )  # fmt: skip
         trained = distil(
             student, plan.data, plan.groups, objective, teacher if asks else None, train, seed=seed,
@@ -366,7 +378,7 @@ def _evaluation_stage(
     with folder.timed("evaluation"):
         scores, logits = evaluate_network(teacher, test, plan.groups, device=plan.device)
         metrics = {"teacher": describe("teacher", scores, logits, teacher.network, "teacher")}
-        context = ObjectiveContext(plan.prior, plan.groups, 1, profile)
+        context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
         fixed, tau, prior = rectified_logits(logits, plan.options, context)
         scores = evaluate_predictions(fixed, test.labels, plan.groups, class_names=test.class_names)
         metrics["teacher_rectified"] = {

@@ -8,7 +8,9 @@ generators", OOPSLA 2014), in wrapping int64 arithmetic so that it runs on any t
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -65,6 +67,14 @@ def uniform(seed: int, stream: str, epoch: int, index: Tensor, draws: int) -> Te
     counter = index.to(torch.int64).unsqueeze(1) * draws + torch.arange(draws, device=index.device)
     bits = _mix(_mix(counter * _signed(_GOLDEN) + base))
     return _shift_right(bits, 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+@contextlib.contextmanager
+def forked(seed: int, *names: str | int) -> Iterator[None]:
+    """A block in which torch's global CPU generator is seeded for one purpose; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, *names))
+        yield
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:

@@ -9,17 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .config import DataConfig, TrainConfig
+from .config import DataConfig, GroupRule, TrainConfig
 from .data import DataBundle, load_data
-from .data.augment import build_augmentation
+from .data.augment import Compose, Cutout, RandomCrop, TrivialAugmentWide
 from .data.containers import ImageData
 from .evaluation import evaluate_predictions
 from .events import Events
 from .models.network import Network, build_network
 from .models.teacher import Teacher
-from .objective import Objective, ObjectiveContext, TeacherProfile, classification_loss, resolve_tau
+from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from .priors import ClassGroups, ClassPrior
-from .recipes import DistillOptions, Options, Recipe
+from .recipes import Options, Recipe
+from .recipes.distill import DistillOptions, resolve_tau
 from .rectify import class_means, remove_prior
 from .training.loop import EpochRecord, Trainer, collect_outputs
 from .training.task import Task, best_device
@@ -45,7 +46,7 @@ class Trained:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(data: DataBundle, groups: str | tuple[int, int] = "shot") -> tuple[ClassPrior, ClassGroups]:
+def measure(data: DataBundle, groups: GroupRule = "shot") -> tuple[ClassPrior, ClassGroups]:
     """The class prior of the training images and the groups of classes."""
     prior = ClassPrior.from_counts(data.train.counts(), class_names=data.train.class_names)
     return prior, prior.groups(groups)
@@ -144,8 +145,8 @@ def train_teacher(
 ) -> Trained:
     """Trains a teacher from labels alone."""
     network = build_network(model, class_names=data.train.class_names, images=data.train.images, seed=seed)
-    loss = classification_loss(classification, prior, train.label_smoothing)  # type: ignore[arg-type]
-    task = Task(network, Objective(loss))
+    term = classification_term(classification, prior, label_smoothing=train.label_smoothing)
+    task = Task(network, Objective([term]))
     record = fit(
         task, data, groups, train, seed=seed, device=device or best_device("auto"), stage="teacher", events=events,
         store=store,
@@ -167,7 +168,7 @@ def profile_teacher(
     if data.val is not None:
         views, words = data.val, "validation images"
     else:
-        views, words = _augmented(data.train, seed), "training images under trivial-augment"
+        views, words = _augmented(data.train, seed), "training images under crop, TrivialAugment and a hole"
     limit = max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes)
     if len(views.labels) > limit:
         views = views.subset(torch.linspace(0, len(views.labels) - 1, limit).round().long())
@@ -183,11 +184,36 @@ def build_objective(
     student: Network,
     profile: TeacherProfile | None,
     *,
+    teacher: Teacher | None = None,
+    labels: Tensor | None = None,
     seed: int = 0,
     label_smoothing: float = 0.0,
 ) -> Objective:
-    """A recipe's objective for a student."""
-    context = ObjectiveContext(prior, groups, student.feature_dim, profile, seed, label_smoothing)
+    """A recipe's objective for a student.
+
+    Args:
+        recipe: the method.
+        options: its resolved options.
+        prior: of the training labels.
+        groups: of the classes.
+        student: what will be trained.
+        profile: what was measured of the teacher; None where the recipe takes none.
+        teacher: asked for the widths of its stages alone.
+        labels: of the training images, for methods that keep a memory of every image.
+        seed: of anchors and projectors.
+        label_smoothing: of the classification loss.
+    """
+    context = ObjectiveContext(
+        prior=prior,
+        groups=groups,
+        student_dim=student.feature_dim,
+        teacher=profile,
+        seed=seed,
+        label_smoothing=label_smoothing,
+        student_maps=student.map_channels,
+        teacher_maps=teacher.network.map_channels if teacher is not None else (),
+        labels=labels,
+    )
     return recipe.build(options, context)
 
 
@@ -235,7 +261,8 @@ def evaluate_network(
 
 def _augmented(data: ImageData, seed: int) -> ImageData:
     """Every image once, under an augmentation stronger than the training's."""
-    augment = build_augmentation("trivial-augment", data.image_size[0])
+    side = data.image_size[0]  # no flip: it would change the class of digits and characters
+    augment = Compose((RandomCrop(side // 8), TrivialAugmentWide(), Cutout(side // 2)))
     parts = []
     for index in torch.arange(len(data.labels)).split(1024):
         images = data.images[index].permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from krdistill.config import TrainConfig
 from krdistill.data.containers import ImageData
 from krdistill.models.network import Network, build_network
 from krdistill.models.teacher import Teacher
-from krdistill.objective import Objective, ObjectiveContext, TeacherProfile, classification_loss
+from krdistill.objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from krdistill.priors import ClassPrior
 from krdistill.recipes import recipe
 from krdistill.training.loop import DivergedError, Trainer, collect_outputs
@@ -31,7 +31,7 @@ def _data(n: int = 60, seed: int = 0) -> ImageData:
 def _supervised(seed: int = 0) -> Task:
     data = _data()
     network = build_network("resnet8", class_names=data.class_names, images=data.images, seed=seed)
-    return Task(network, Objective(classification_loss("cross-entropy", ClassPrior.from_labels(data.labels))))
+    return Task(network, Objective([classification_term("cross-entropy", ClassPrior.from_labels(data.labels))]))
 
 
 def _distilled(name: str = "krdistill", seed: int = 0) -> Task:

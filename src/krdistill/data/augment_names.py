@@ -7,7 +7,7 @@ AUGMENTATIONS = {
     "crop-only": "zero padding of 1/8 of the side, random crop; for digits and characters, which a flip would change",
     "crop-flip": "crop-only, then a horizontal flip of half the images; the usual recipe for natural images",
     "rand-augment": "crop-flip, RandAugment (2 operations, magnitude 9 of 30), black hole of half the side (Cutout)",
-    "trivial-augment": "crop-flip, TrivialAugment Wide (1 operation, any magnitude), black hole of half the side (Cutout)",
+    "trivial-augment": "crop-flip, TrivialAugment (1 operation, any magnitude), black hole of half the side (Cutout)",
 }
 
 

@@ -248,7 +248,7 @@ def rrd_loss(
     """
     check_choice("rectify", rectify, RECTIFICATIONS)
     check_choice("distance", distance, tuple(DISTANCES))
-    target = teacher_features.detach()
+    target = check_matrix("teacher_features", teacher_features, "(B, D)").detach()
     if rectify == "recentre":
         target = recentre_features(
             target, labels, _needed("class_means", class_means, rectify), _needed("anchors", anchors, rectify)

@@ -91,13 +91,25 @@ class Network(nn.Module):
             images = images.to(self.mean.dtype) / 255
         return (images - self.mean) / self.std
 
-    def forward(self, images: Tensor) -> Outputs:
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Channels of its stages; empty where the backbone does not show them."""
+        return tuple(getattr(self.backbone, "map_channels", ()))
+
+    def forward(self, images: Tensor, *, maps: bool = False) -> Outputs:
         """Answers a batch.
 
         Args:
             images: shape ``(B, C, H, W)``, uint8 or float in [0, 1].
+            maps: give the output of every stage too; the backbone must be one of krdistill's own.
         """
         x = self.normalise(images)
+        if maps:
+            if not self.map_channels:
+                raise ModelError(f"{type(self.backbone).__name__} does not show the output of its stages.")
+            stages = self.backbone.forward_maps(x)  # type: ignore[operator]
+            feature = self.backbone.pool(stages[-1])  # type: ignore[operator]
+            return Outputs(self.backbone.head(feature), feature, stages)  # type: ignore[operator]
         if self.direct:
             feature = self.backbone.forward_features(x)  # type: ignore[operator]
             return Outputs(self.backbone.head(feature), feature)  # type: ignore[operator]
@@ -151,7 +163,8 @@ def build_network(
         image_size = image_size or (int(images.shape[1]), int(images.shape[2]))
     if mean is None or std is None or image_size is None:
         raise ModelError("Expected training images, or mean, std and image_size; got neither.")
-    arguments: dict[str, Any] = {"name": model, "num_classes": len(class_names), "in_channels": len(mean), "image_size": image_size[0]}
+    sizes = {"num_classes": len(class_names), "in_channels": len(mean), "image_size": image_size[0]}
+    arguments: dict[str, Any] = {"name": model, **sizes}
     backbone = create_model(**arguments, seed=seed)
     return Network(backbone, class_names=class_names, mean=mean, std=std, image_size=image_size, architecture=arguments)
 

@@ -2,7 +2,8 @@
 
 All take any image of at least 8x8 pixels and any number of channels. The convolutional ones are the networks that the
 distillation literature trains on CIFAR-100 (CRD, arXiv 1910.10699, and its toolbox RepDistiller; LTKD, arXiv
-2506.18496); the same network, stem included, is built for every image size, as that literature does for Tiny ImageNet.
+2506.18496). The same network, stem included, is built for every image size, as mdistiller does with its ResNet-18 and
+ShuffleNetV2 for Tiny ImageNet (its MobileNetV2 there is another network, with a stem of stride 1).
 """
 
 from __future__ import annotations

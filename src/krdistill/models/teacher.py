@@ -40,14 +40,14 @@ class Teacher(nn.Module):
         """A teacher stays in evaluation mode."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, *, maps: bool = False) -> Outputs:
         """Answers a batch without keeping a graph; the result can be used in a loss."""
         with torch.inference_mode():
-            logits, feature = self.network(images)
+            logits, feature, stages = self.network(images, maps=maps)
             if not self.identity:
                 logits = logits[:, self.order]
         # Tensors made in inference mode cannot be saved for a backward pass; a copy of these small ones can.
-        return Outputs(logits.clone(), feature.clone())
+        return Outputs(logits.clone(), feature.clone(), tuple(m.clone() for m in stages))
 
 
 def class_order(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:

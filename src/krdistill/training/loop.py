@@ -117,12 +117,13 @@ class Trainer:
         index = index.to(self.device)
         images = self.images[index].permute(0, 3, 1, 2)
         labels = self.labels[index]
+        progress = (epoch * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
         images = self.augment(images, index, seed=self.seed, epoch=epoch)
         if self.config.mixup > 0:
             images, partner, share = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=epoch, step=step)
-            out = self.task.mixed(images, labels, labels[partner], share)
+            out = self.task.mixed(images, labels, labels[partner], share, index=index, progress=progress)
         else:
-            out = self.task(images, labels)
+            out = self.task(images, labels, index=index, progress=progress)
         loss = out.terms.total().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.network import Network
 from ..models.teacher import Teacher
 from ..objective import Objective
-from ..outputs import LossTerms
+from ..outputs import LossTerms, Outputs, Step
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,30 @@ class Task(nn.Module):
     def teacher(self) -> Teacher | None:
         return self._teacher[0] if self._teacher else None
 
-    def forward(self, images: Tensor, labels: Tensor) -> StepOutput:
-        """Loss terms of a batch of images ``(B, C, H, W)`` with labels ``(B,)``."""
-        answer = self.teacher(images) if self.teacher is not None else None
-        said = self.network(images)
-        return StepOutput(self.objective(said, answer, labels), said.logits.detach())
+    def forward(
+        self, images: Tensor, labels: Tensor, *, index: Tensor | None = None, progress: float = 0.0
+    ) -> StepOutput:
+        """Loss terms of a batch of images ``(B, C, H, W)``.
 
-    def mixed(self, images: Tensor, labels: Tensor, partners: Tensor, share: float) -> StepOutput:
+        Args:
+            images: uint8, or float in [0, 1].
+            labels: shape ``(B,)``.
+            index: row numbers of the images in the training set, ``(B,)``.
+            progress: share of the training that is done.
+        """
+        step = self._ask(images, labels, index, progress)
+        return StepOutput(self.objective(step), step.student.logits.detach())
+
+    def mixed(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        partners: Tensor,
+        share: Tensor | float,
+        *,
+        index: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> StepOutput:
         """The step for images mixed with others: every term for both labels, by their shares.
 
         Args:
@@ -56,11 +73,17 @@ class Task(nn.Module):
             labels: labels of the images with weight ``share``, ``(B,)``.
             partners: labels of the images with weight ``1 - share``, ``(B,)``.
             share: in [0, 1].
+            index: as in :meth:`forward`.
+            progress: as in :meth:`forward`.
         """
-        answer = self.teacher(images) if self.teacher is not None else None
-        said = self.network(images)
-        own, other = self.objective(said, answer, labels), self.objective(said, answer, partners)
-        return StepOutput(own.mixed(other, share), said.logits.detach())
+        step = self._ask(images, labels, index, progress)
+        own, other = self.objective(step), self.objective(step._replace(labels=partners))
+        return StepOutput(own.mixed(other, share), step.student.logits.detach())
+
+    def _ask(self, images: Tensor, labels: Tensor, index: Tensor | None, progress: float) -> Step:
+        maps = self.objective.needs_maps
+        answer: Outputs | None = self.teacher(images, maps=maps) if self.teacher is not None else None
+        return Step(self.network(images, maps=maps), labels, answer, index, progress)
 
 
 def place(module: nn.Module, device: torch.device) -> None:

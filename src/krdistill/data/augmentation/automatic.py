@@ -13,7 +13,7 @@ from ..._checks import check_integer
 from ...errors import ArgumentError
 from ...rng import uniform
 from . import operations
-from .base import Augmentation
+from .base import Piece
 
 OPERATIONS = (
     "identity", "shear-x", "shear-y", "translate-x", "translate-y", "rotate", "brightness", "color", "contrast",
@@ -27,7 +27,7 @@ MAX_MAGNITUDE = 30
 
 @dataclass(frozen=True)
 class _Ranges:
-    """The strength of each operation at magnitude 30; at 0 it is none, and between them it grows linearly."""
+    """The strength of each operation at magnitude 30; at 0 it is none, and it grows linearly (posterize: bits lost)."""
 
     shear: float
     translate_x: float
@@ -73,7 +73,8 @@ def _strengths(ranges: _Ranges, height: int, width: int) -> tuple[Tensor, Tensor
                 values.append(value)
                 maps.append(_matrix(operation, strength, height, width))
     shape = (len(OPERATIONS), MAX_MAGNITUDE + 1, 2)
-    return torch.tensor(values, dtype=torch.float32).view(shape), operations.stack_maps(maps).view(*shape, 6)
+    table = torch.tensor(values, dtype=torch.float32, device="cpu").view(shape)
+    return table, operations.fixed_point(maps).view(*shape, 6)
 
 
 def _matrix(operation: str, strength: float, height: int, width: int) -> operations.Matrix:
@@ -123,7 +124,7 @@ def _apply(pixels: Tensor, ranges: _Ranges, operation: Tensor, magnitude: Tensor
 
 
 @dataclass(frozen=True)
-class RandAugment(Augmentation):
+class RandAugment(Piece):
     """Some operations one after the other, each drawn uniformly from fourteen, at a fixed magnitude.
 
     At magnitude m of 30: shear 0.3 m/30, translation by 150/331 of the side times m/30 in whole pixels, rotation by
@@ -148,10 +149,6 @@ class RandAugment(Augmentation):
         if check_integer("magnitude", self.magnitude, at_least=0) > MAX_MAGNITUDE:
             raise ArgumentError(f"magnitude: expected 0 to {MAX_MAGNITUDE}, but got {self.magnitude!r}.")
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (self.stream,)
-
     def apply(self, pixels: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         H, W = pixels.shape[1:3]
         ranges = _Ranges(0.3, 150 / 331 * W, 150 / 331 * H, 30.0, 0.9, 4)
@@ -165,7 +162,7 @@ class RandAugment(Augmentation):
 
 
 @dataclass(frozen=True)
-class TrivialAugmentWide(Augmentation):
+class TrivialAugmentWide(Piece):
     """One operation, drawn uniformly from fourteen, at a magnitude drawn uniformly from 0 to 30.
 
     At magnitude m of 30: shear 0.99 m/30, translation by 32 m/30 in whole pixels, rotation by 135 m/30 degrees,
@@ -177,15 +174,11 @@ class TrivialAugmentWide(Augmentation):
 
     Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", ICCV 2021,
     arXiv 2103.10158; operations, their order and ranges as in torchvision's ``TrivialAugmentWide``.
-    Deviation: images below 32 pixels are translated by their own side at most, so that as small a share of them ends up
-    black as at 32 pixels.
+    Deviation: images below 32 pixels are translated by their own side at most, so that as small a share of them ends
+    up black as at 32 pixels. Magnitude 15 is 16 pixels; torchvision's float32 table has 15.99.. there, cut to 15.
     """
 
     stream: str = "trivial-augment"
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (self.stream,)
 
     def apply(self, pixels: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         H, W = pixels.shape[1:3]

@@ -25,11 +25,10 @@ def from_pixels(pixels: Tensor, like: Tensor) -> Tensor:
     return images.contiguous() if like.is_contiguous() else images
 
 
-@dataclass(frozen=True)
 class Augmentation(ABC):
-    """A random change of images, drawn anew for every (seed, epoch, image index) and for nothing else.
+    """A random change of images: a pure function of (seed, epoch, image index).
 
-    A subclass names its random stream and works on contiguous pixels ``(B, H, W, C)``; layouts and checks are here.
+    A subclass names its random streams and works on contiguous pixels ``(B, H, W, C)``; layouts and checks are here.
     """
 
     @property
@@ -60,6 +59,16 @@ class Augmentation(ABC):
         _check(images, index)
         views = self.apply(to_pixels(images), index.to(images.device), seed=seed, epoch=epoch)
         return from_pixels(views, like=images)
+
+
+class Piece(Augmentation):
+    """An augmentation that draws from one stream."""
+
+    stream: str
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return (self.stream,)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def _check(images: Any, index: Any) -> None:
             f"images: expected uint8 of shape (B, C, H, W), but got {describe(images)}. "
             "Augment before anything is scaled or normalised."
         )
-    if images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+    if images.shape[1] not in (1, 3) or 0 in images.shape:
         hint = " For (B, H, W, C), call images.permute(0, 3, 1, 2)." if images.shape[3] in (1, 3) else ""
         raise ArgumentError(
             f"images: expected (B, C, H, W) with 1 or 3 channels and at least one pixel, "

@@ -30,9 +30,10 @@ class Mixed(NamedTuple):
 def mixup(images: Tensor, *, alpha: float, seed: int, epoch: int, step: int) -> Mixed:
     r"""Every image mixed with another one of the batch.
 
-    .. math:: x_i \leftarrow \lambda x_i + (1 - \lambda) x_{\sigma(i)}, \qquad \lambda \sim \mathrm{Beta}(\alpha, \alpha)
+    .. math:: x_i \leftarrow \lambda x_i + (1 - \lambda) x_{\sigma(i)}, \qquad
+        \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
-    with one :math:`\lambda` and one permutation :math:`\sigma` for the batch. The loss is to be mixed the same way, with
+    with one :math:`\lambda` and one permutation :math:`\sigma` for the batch. The loss is to be mixed the same way, for
     the labels ``y`` and ``y[partner]``.
 
     Args:
@@ -56,8 +57,8 @@ def mixup(images: Tensor, *, alpha: float, seed: int, epoch: int, step: int) -> 
     _check(images)
     gen = generator(seed, "mixup", epoch, step)
     # By the inverse of the distribution function: one uniform number, so that lam does not depend on the batch's size.
-    lam = float(betaincinv(alpha, alpha, float(torch.rand((), generator=gen, dtype=torch.float64))))
-    partner = torch.randperm(len(images), generator=gen).to(images.device)
+    lam = float(betaincinv(alpha, alpha, float(torch.rand((), generator=gen, dtype=torch.float64, device="cpu"))))
+    partner = torch.randperm(len(images), generator=gen, device="cpu").to(images.device)
     pixels = to_pixels(images)
     own = pixels.to(torch.float32)
     if images.dtype == torch.uint8:
@@ -78,6 +79,6 @@ def _check(images: Any) -> None:
         low, high = (float(v) for v in images.aminmax())
         if not 0 <= low <= high <= 1:
             raise ArgumentError(
-                f"images: expected floating-point values in [0, 1], but got {low:g} to {high:g}. Mix before normalisation, "
-                "or give uint8."
+                f"images: expected floating-point values in [0, 1], but got {low:g} to {high:g}. "
+                "Mix before normalisation, or give uint8."
             )

@@ -1,7 +1,7 @@
 """Image operations on a batch, each image with its own strength, in Pillow's arithmetic.
 
-All take pixels uint8 ``(B, H, W, C)``, C one or three, and give new ones. Where Pillow works in fixed point or float32, so
-do these functions, with the same result bit by bit; the one exception is named at :func:`autocontrast`.
+All take contiguous pixels, uint8 ``(B, H, W, C)``, C one or three, and give new ones. Where Pillow works in fixed point
+or float32, so do these functions, with the same result bit by bit; the one exception is :func:`autocontrast`.
 
 Source: Pillow's ``ImageEnhance``, ``ImageOps`` and ``Image.transform``, whose results are the definition here.
 """
@@ -36,16 +36,17 @@ def translation(right: int, down: int) -> Matrix:
 def rotation(degrees: float, height: int, width: int) -> Matrix:
     """A turn about the image's centre, counter-clockwise."""
     angle = -math.radians(degrees % 360.0)
-    # To 15 digits, as Pillow: a quarter turn must not miss a pixel by an error of rounding.
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    cos, sin = math.cos(angle), math.sin(angle)
     x, y = width / 2, height / 2
     return (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def fixed_point(matrix: Matrix) -> list[int]:
-    """A map in steps of 1/65536 pixel, taken from pixel centre to pixel centre: what :func:`affine` works with."""
-    a, b, c, d, e, f = matrix
-    return [math.floor(v * 65536 + 0.5) for v in (a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5)]
+def fixed_point(matrices: Sequence[Matrix]) -> Tensor:
+    """What :func:`affine` works with: int32, ``(B, 6)``, steps of 1/65536 pixel, from pixel centres on."""
+    centred = ((a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5) for a, b, c, d, e, f in matrices)
+    return torch.tensor(
+        [[math.floor(v * 65536 + 0.5) for v in matrix] for matrix in centred], dtype=torch.int32, device="cpu"
+    )
 
 
 def affine(pixels: Tensor, maps: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
-    """Only the highest ``bits`` bits of every value; ``(B,)``, whole numbers from 0 to 8."""
+    """Only the highest ``bits`` bits of every value; ``(B,)``, whole numbers from 1 to 8."""
     mask = (255 << (8 - bits.to(torch.int32))).to(torch.uint8)
     return pixels & mask.view(-1, 1, 1, 1)
 
@@ -115,12 +116,12 @@ def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
 
 
 def autocontrast(pixels: Tensor) -> Tensor:
-    """Every channel stretched so that its darkest value becomes 0 and its brightest 255; flat channels stay.
+    r"""Every channel stretched so that its darkest value becomes 0 and its brightest 255; flat channels stay.
 
-    .. math:: v \\mapsto \\lfloor 255 (v - lo) / (hi - lo) \\rfloor
+    .. math:: v \mapsto \lfloor 255 (v - lo) / (hi - lo) \rfloor
 
-    Deviation: exact. Pillow evaluates ``v * scale - lo * scale`` in float64, whose rounding errors can take a value that
-    should be whole to the one below (255 to 254, for one).
+    Deviation: exact. Pillow evaluates ``v * scale - lo * scale`` in float64, whose rounding errors can take a value
+    that should be whole to the one below (255 to 254, for one); not every device has float64.
     """
     low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
     span = (high - low).clamp(min=1).to(torch.float32)
@@ -132,8 +133,8 @@ def autocontrast(pixels: Tensor) -> Tensor:
 def equalize(pixels: Tensor) -> Tensor:
     """Every channel's histogram evened out.
 
-    With counts h and ``step = (pixels - h[brightest]) // 255``, v becomes ``(step // 2 + sum of h below v) // step``, at
-    most 255. Channels where ``step`` is 0 stay: images of fewer than 256 pixels, and flat ones.
+    With counts h and ``step = (pixels - h[brightest]) // 255``, v becomes ``(step // 2 + sum of h below v) // step``,
+    at most 255. Channels where ``step`` is 0 stay: images of fewer than 256 pixels, and flat ones.
     """
     B, H, W, C = pixels.shape
     values = pixels.view(B, H * W, C).long()
@@ -159,8 +160,3 @@ def _luminance(pixels: Tensor) -> Tensor:
         return pixels.to(torch.int32)
     red, green, blue = pixels.to(torch.int32).split(1, dim=3)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
-
-
-def stack_maps(matrices: Sequence[Matrix]) -> Tensor:
-    """Maps for :func:`affine` from matrices, ``(B, 6)``, int32."""
-    return torch.tensor([fixed_point(matrix) for matrix in matrices], dtype=torch.int32)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..._checks import check_integer, check_number
 from ...rng import uniform
-from .base import Augmentation
+from .base import Piece
 
 
 @dataclass(frozen=True)
-class RandomCrop(Augmentation):
+class RandomCrop(Piece):
     """Zero padding on all sides, then a crop of the images' own size, at a place drawn uniformly.
 
     The crop starts at row ``floor(u_0 (2 padding + 1))`` and column ``floor(u_1 (2 padding + 1))`` of the padded image.
@@ -30,10 +30,6 @@ class RandomCrop(Augmentation):
     def __post_init__(self) -> None:
         check_integer("padding", self.padding, at_least=0)
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (self.stream,)
-
     def apply(self, pixels: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         p, (B, H, W, C) = self.padding, pixels.shape
         top, left = (uniform(seed, self.stream, epoch, index, 2) * (2 * p + 1)).long().unbind(1)
@@ -46,7 +42,7 @@ class RandomCrop(Augmentation):
 
 
 @dataclass(frozen=True)
-class HorizontalFlip(Augmentation):
+class HorizontalFlip(Piece):
     """Left and right exchanged, with probability ``p``.
 
     Args:
@@ -60,10 +56,6 @@ class HorizontalFlip(Augmentation):
     def __post_init__(self) -> None:
         check_number("p", self.p, at_least=0, at_most=1)
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (self.stream,)
-
     def apply(self, pixels: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         flipped = uniform(seed, self.stream, epoch, index, 1).squeeze(1) < self.p
         row = torch.arange(len(pixels), device=pixels.device)
@@ -72,7 +64,7 @@ class HorizontalFlip(Augmentation):
 
 
 @dataclass(frozen=True)
-class Cutout(Augmentation):
+class Cutout(Piece):
     """A black square hole, centred on a pixel drawn uniformly; what falls outside the image is lost.
 
     With centre ``y = floor(u_0 H)``, ``x = floor(u_1 W)`` the hole covers rows ``y - length // 2`` to
@@ -93,10 +85,6 @@ class Cutout(Augmentation):
 
     def __post_init__(self) -> None:
         check_integer("length", self.length, at_least=0)
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (self.stream,)
 
     def apply(self, pixels: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         u = uniform(seed, self.stream, epoch, index, 2)

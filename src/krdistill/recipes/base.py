@@ -1,0 +1,73 @@
+"""What a recipe is: a frozen record of a named method, its typed options, and what builds its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ..config import Section, validate
+
+if TYPE_CHECKING:
+    from ..objective import Objective, ObjectiveContext
+
+Classification = Literal["cross-entropy", "balanced-softmax"]
+
+
+class Options(Section):
+    """Options that every recipe has.
+
+    Attributes:
+        classification: the student's own loss on the labels. ``balanced-softmax`` adds the log prior to the logits
+            while training, so that the plain logits are a balanced classifier at test time.
+        classification_weight: its weight.
+    """
+
+    classification: Classification = "cross-entropy"
+    classification_weight: float = Field(default=1.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from."""
+
+    title: str
+    year: int
+    arxiv: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named method.
+
+    Attributes:
+        name: as given to ``--recipe``.
+        summary: one line.
+        source: the paper.
+        needs: what it takes besides images and labels: ``teacher``, ``counts``, ``features``, ``maps``, ``memory``.
+        options: the class of its options.
+        defaults: where its defaults differ from the class's.
+        defaults_from: where the defaults come from.
+        build: options and context to an objective.
+    """
+
+    name: str
+    summary: str
+    source: Source
+    needs: frozenset[str]
+    options: type[Options]
+    defaults_from: str
+    build: Callable[[Any, ObjectiveContext], Objective]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolve(self, options: Mapping[str, Any]) -> Options:
+        """The recipe's options with the user's values over its defaults; unknown ones are refused."""
+        resolved: Options = validate(self.options, {**self.defaults, **options}, where=f"recipe {self.name}")
+        return resolved
+
+
+TEACHER = frozenset({"teacher"})
+COUNTS = frozenset({"teacher", "counts"})
+FEATURES = frozenset({"teacher", "counts", "features"})

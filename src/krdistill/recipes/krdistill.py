@@ -1,0 +1,47 @@
+"""Huang et al., "Learn from Balance: Rectifying Knowledge Transfer for Long-Tailed Scenarios", 2024, arXiv 2409.07694.
+
+The paper's equations are not public: the names and purposes of the two losses are its own, the formulation is ours.
+"""
+
+from __future__ import annotations
+
+from .base import COUNTS, FEATURES, Recipe, Source
+from .distill import DistillOptions, build
+
+_SOURCE = Source("Learn from Balance: Rectifying Knowledge Transfer for Long-Tailed Scenarios", 2024, "2409.07694")
+_FROM = "our formulation; measured on small networks"
+_LRD = {"classification": "balanced-softmax", "prior": "label", "correction": "lift"}
+_RRD = {"classification": "balanced-softmax", "feature_weight": 5.0, "rectify": "blend"}
+
+RECIPES = (
+    Recipe(
+        name="krdistill",
+        summary="rectified logits and rectified representations (LRD and RRD)",
+        source=_SOURCE,
+        needs=FEATURES,
+        options=DistillOptions,
+        defaults={**_LRD, **_RRD},
+        defaults_from=_FROM,
+        build=build,
+    ),
+    Recipe(
+        name="krdistill-lrd",
+        summary="logit rectification alone: prior removed, errors corrected",
+        source=_SOURCE,
+        needs=COUNTS,
+        options=DistillOptions,
+        defaults=_LRD,
+        defaults_from=_FROM,
+        build=build,
+    ),
+    Recipe(
+        name="krdistill-rrd",
+        summary="representation rectification alone: features pulled to balanced anchors",
+        source=_SOURCE,
+        needs=FEATURES,
+        options=DistillOptions,
+        defaults={**_RRD, "logit_weight": 0.0},
+        defaults_from=_FROM,
+        build=build,
+    ),
+)
