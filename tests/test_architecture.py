@@ -14,6 +14,7 @@ import krdistill
 ROOT = Path(krdistill.__file__).parent
 FLOORS = [
     {"priors", "anchors", "outputs", "rng", "files", "events", "_checks"},
+    {"sampling"},
     {"rectify"},
     {"losses"},
     {"objective"},

@@ -10,7 +10,7 @@ from krdistill.losses import balanced_softmax, kd_divergence
 from krdistill.objective import Objective, ObjectiveContext, TeacherProfile
 from krdistill.outputs import LossTerms, Outputs, Step
 from krdistill.priors import ClassPrior
-from krdistill.recipes import list_recipes, recipe
+from krdistill.recipes import recipe
 from krdistill.recipes.distill import resolve_tau
 from krdistill.rectify import auto_tau, blend_features, correct_errors, mean_prediction, rarity, remove_prior
 from krdistill.rng import derive_seed
@@ -26,9 +26,9 @@ def _generator() -> torch.Generator:
 def _profile() -> TeacherProfile:
     g = _generator()
     means = F.normalize(torch.randn(K, D_T, generator=g), dim=1)
-    return TeacherProfile(
-        means, 2 * torch.randn(100, K, generator=g) + PRIOR.log_prior.float(), torch.arange(100) % K, "r"
-    )
+    logits = 2 * torch.randn(100, K, generator=g) + PRIOR.log_prior.float()
+    labels = torch.arange(100) % K
+    return TeacherProfile(means, logits, labels, "random", torch.randn(100, D_T, generator=g), labels)
 
 
 def _context(seed: int = 0) -> ObjectiveContext:
@@ -146,16 +146,6 @@ def test_objectives_are_reproducible_and_leave_the_global_generator_alone() -> N
     entry = recipe("krdistill")
     other = entry.build(entry.resolve({}), _context(seed=1))
     assert not torch.equal(next(a.parameters()), next(other.parameters()))
-
-
-@pytest.mark.parametrize("name", [r.name for r in list_recipes()])
-def test_every_recipe_builds_and_gives_finite_per_sample_terms(name: str) -> None:
-    student, teacher, labels = _batch()
-    objective = _build(name)
-    out = objective(Step(student, labels, teacher if objective.needs_teacher else None))
-    assert objective.needs_teacher == ("teacher" in recipe(name).needs)
-    for term in out.terms.values():
-        assert term.shape == (B,) and torch.isfinite(term).all()
 
 
 def test_a_missing_teacher_is_said() -> None:

@@ -20,6 +20,24 @@ from .errors import ConfigError, unknown_name
 GroupRule = Literal["shot", "thirds"] | tuple[int, int]
 
 
+Classification = Literal[
+    "cross-entropy",
+    "balanced-softmax",
+    "logit-adjusted",
+    "focal",
+    "class-balanced",
+    "class-balanced-focal",
+    "label-aware-smoothing",
+    "ldam",
+    "ldam-drw",
+    "dot-regression",
+]
+Head = Literal["linear", "cosine", "etf"]
+SecondStage = Literal["none", "crt", "tau-norm", "lws", "ncm"]
+HEAD_OF: dict[str, Head] = {"ldam": "cosine", "ldam-drw": "cosine", "dot-regression": "etf"}
+SMOOTHABLE = ("cross-entropy", "balanced-softmax", "logit-adjusted", "class-balanced")
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values do not change after loading."""
 
@@ -94,6 +112,9 @@ class TrainConfig(Section):
         decay: factor at each milestone.
         label_smoothing: of the classification loss.
         augmentation: name of the augmentation (``krdistill list augmentations``).
+        sampler: how an epoch's images are drawn: every image once (``instance``), every class alike
+            (``class-balanced``), by the ``square-root`` of the class sizes, from the first to the second in the course
+            of the run (``progressively-balanced``), or as the ``recipe`` says.
         mixup: alpha of mixup's Beta distribution; 0 is off.
         ema: decay of the weights' exponential moving average, which is then what is evaluated and kept; 0 is off.
         evaluate_every: epochs between evaluations during training; the last epoch is always evaluated.
@@ -112,6 +133,7 @@ class TrainConfig(Section):
     decay: float = Field(default=0.1, gt=0, le=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     augmentation: str = "crop-flip"
+    sampler: Literal["recipe", "instance", "class-balanced", "square-root", "progressively-balanced"] = "recipe"
     mixup: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     evaluate_every: int = Field(default=5, ge=1)
@@ -124,6 +146,17 @@ class TrainConfig(Section):
         return value
 
 
+def _fits(classification: str, head: str, train: TrainConfig) -> None:
+    """A classification loss may ask for a head of its own, and may not know label smoothing."""
+    wanted = HEAD_OF.get(classification, head)
+    if wanted != head:
+        raise ValueError(f"classification {classification!r} needs head {wanted!r}, got {head!r}; set head: {wanted}")
+    if head == "etf" and classification != "dot-regression":
+        raise ValueError(f"head 'etf' is trained by classification 'dot-regression', got {classification!r}")
+    if train.label_smoothing > 0 and classification not in SMOOTHABLE:
+        raise ValueError(f"label_smoothing is {train.label_smoothing:g}, but {classification!r} has none; set it to 0")
+
+
 class TeacherConfig(Section):
     """The teacher.
 
@@ -131,20 +164,46 @@ class TeacherConfig(Section):
         model: name of a network (``krdistill list models``).
         run: an earlier run folder to take the teacher from, instead of training one.
         classification: the loss a new teacher is trained with.
+        head: its last layer: ``linear``, ``cosine`` (for ldam) or ``etf`` (for dot-regression).
+        second_stage: how its last layer is balanced after training, on its own frozen features.
         train: how a new teacher is trained.
     """
 
     model: str = "resnet20"
     run: str | None = None
-    classification: Literal["cross-entropy", "balanced-softmax"] = "cross-entropy"
+    classification: Classification = "cross-entropy"
+    head: Head = "linear"
+    second_stage: SecondStage = "none"
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _head(self) -> TeacherConfig:
+        _fits(self.classification, self.head, self.train)
+        return self
 
 
 class StudentConfig(Section):
-    """The student: the name of a network and how it is trained (every baseline alike)."""
+    """The student.
+
+    Attributes:
+        model: name of a network (``krdistill list models``).
+        head: its last layer, as for the teacher.
+        second_stage: how its last layer is balanced after training.
+        train: how it is trained, every baseline alike.
+    """
 
     model: str = "resnet8"
+    head: Head = "linear"
+    second_stage: SecondStage = "none"
     train: TrainConfig = TrainConfig()
+
+
+def check_student(student: StudentConfig, recipe: str, classification: str) -> None:
+    """Refuses a recipe whose classification loss does not fit the student's head or label smoothing."""
+    try:
+        _fits(classification, student.head, student.train)
+    except ValueError as error:
+        raise ConfigError(f"recipe {recipe}: {error} (student.head, student.train).") from None
 
 
 class RecipeConfig(BaseModel):

@@ -90,14 +90,23 @@ class Distiller:
             self.teacher_ = Teacher(self._resolve_teacher(bundle), class_names=self.prior_.class_names)
             profile = stages.profile_teacher(self.teacher_, bundle, seed=self.seed, device=self.device)
         self.profile_ = profile
-        objective = stages.build_objective(
-            self.recipe, self.options, self.prior_, self.groups_, student, profile, seed=self.seed,
-            label_smoothing=self.train.label_smoothing, teacher=self.teacher_, labels=bundle.train.labels,
+        experts = None
+        if "experts" in self.recipe.needs:
+            if not isinstance(self._teacher, str):
+                raise ArgumentError(
+                    f"The recipe {self.recipe.name!r} trains experts: give a network's name as teacher."
+                )
+            experts = stages.train_experts(
+                bundle, self.groups_, model=self._teacher, train=self.teacher_train, seed=self.seed,
+                device=self.device, events=self.events,
+            )  # fmt: skip
+        task = stages.build_task(
+            self.recipe, self.options, student, bundle, self.prior_, self.groups_, teacher=self.teacher_,
+            profile=profile, experts=experts, label_smoothing=self.train.label_smoothing, seed=self.seed,
         )  # fmt: skip
         trained = stages.distil(
-            student, bundle, self.groups_, objective, self.teacher_, self.train, seed=self.seed, device=self.device,
-            events=self.events,
-        )  # fmt: skip
+            task, bundle, self.groups_, self.train, seed=self.seed, device=self.device, events=self.events
+        )
         self.student_, self.history_ = trained.network, trained.record
         return self
 

@@ -8,11 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .losses import BalancedSoftmax, CrossEntropy
+from .errors import ModelError, unknown_name
+from .losses import (
+    LDAM,
+    BalancedSoftmax,
+    ClassBalancedCrossEntropy,
+    ClassBalancedFocal,
+    CrossEntropy,
+    DotRegression,
+    FocalLoss,
+    LabelAwareSmoothing,
+    LogitAdjustedLoss,
+)
 from .outputs import LossTerms, Step
 from .priors import ClassGroups, ClassPrior
 from .rectify import mean_prediction
+from .sampling import Sampling
 
 Call = Callable[[nn.Module, Step], Tensor]
 
@@ -27,12 +38,16 @@ class TeacherProfile:
             images), ``(M, K)``.
         view_labels: their labels, ``(M,)``.
         views: what those images were, in words.
+        features: its features of (at most so many, evenly chosen) training images, ``(N', D)``.
+        labels: their labels, ``(N',)``.
     """
 
     class_means: Tensor
     view_logits: Tensor
     view_labels: Tensor
     views: str
+    features: Tensor
+    labels: Tensor
 
     def log_prior(self) -> Tensor:
         """The teacher's own prior: log of its class-balanced mean prediction, ``(K,)``, float64."""
@@ -53,6 +68,7 @@ class ObjectiveContext:
         student_maps: channels of the student's stages, where its network names them.
         teacher_maps: channels of the teacher's stages.
         labels: of the training images, ``(N,)``, for methods that keep a memory of every image.
+        teacher_head: the teacher's last linear layer, for methods that use it again.
     """
 
     prior: ClassPrior
@@ -64,6 +80,7 @@ class ObjectiveContext:
     student_maps: tuple[int, ...] = ()
     teacher_maps: tuple[int, ...] = ()
     labels: Tensor | None = None
+    teacher_head: nn.Linear | None = None
 
     def require_teacher(self, what: str) -> TeacherProfile:
         if self.teacher is None:
@@ -107,10 +124,25 @@ def on_feature_pairs(module: nn.Module, step: Step) -> Tensor:
 
 
 def on_indexed_features(module: nn.Module, step: Step) -> Tensor:
-    """``module(student_feature, teacher_feature, rows)``."""
+    """``module(student_feature, teacher_feature, labels, rows)``."""
     if step.rows is None:
         raise ModelError("This term keeps a memory of every training image and needs their row numbers, got None.")
-    return module(step.student.feature, _answer(step).feature, step.rows)
+    return module(step.student.feature, _answer(step).feature, step.labels, step.rows)
+
+
+def on_student_feature(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_feature, labels)``: a head of its own beside the network's."""
+    return module(step.student.feature, step.labels)
+
+
+def on_logits_and_progress(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_logits, teacher_logits, labels, progress)``."""
+    return module(step.student.logits, _answer(step).logits, step.labels, step.progress)
+
+
+def on_last_maps(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_map, teacher_map)``, the deepest of each."""
+    return module(step.student.maps[-1], _answer(step).maps[-1])
 
 
 def on_maps(module: nn.Module, step: Step) -> Tensor:
@@ -160,12 +192,12 @@ class Objective(nn.Module):
 
     Args:
         terms: at least one; those of weight 0 are left out.
-        sampler: how the training images are drawn (``krdistill.training.sampling``).
+        sampler: how the training images are drawn (:mod:`krdistill.sampling`) unless the configuration says otherwise.
         summary: facts found while building, such as an automatic tau, for the record.
     """
 
     def __init__(
-        self, terms: Sequence[Term], *, sampler: str = "instance", summary: Mapping[str, Any] | None = None
+        self, terms: Sequence[Term], *, sampler: Sampling = "instance", summary: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         used = [term for term in terms if term.weight > 0]
@@ -181,7 +213,7 @@ class Objective(nn.Module):
 
     @property
     def needs_maps(self) -> bool:
-        return any(term.call is on_maps for term in self._terms())
+        return any(term.call in (on_maps, on_last_maps) for term in self._terms())
 
     def forward(self, step: Step) -> LossTerms:
         """Loss terms of a batch."""
@@ -193,16 +225,33 @@ class Objective(nn.Module):
         return [term for term in self.terms if isinstance(term, Term)]
 
 
-_WITHOUT_TEACHER = (on_labels, on_labels_and_progress)
-
-
-def classification_loss(name: str, prior: ClassPrior, label_smoothing: float = 0.0) -> nn.Module:
-    """A classification loss by name."""
-    if name == "balanced-softmax":
-        return BalancedSoftmax(prior.counts, label_smoothing=label_smoothing)
-    return CrossEntropy(label_smoothing=label_smoothing)
+_WITHOUT_TEACHER = (on_labels, on_labels_and_progress, on_student_feature)
 
 
 def classification_term(name: str, prior: ClassPrior, *, label_smoothing: float = 0.0, weight: float = 1.0) -> Term:
-    """The classification loss as a term."""
-    return Term("classification", classification_loss(name, prior, label_smoothing), on_labels, weight=weight)
+    """A classification loss by name, as a term.
+
+    Args:
+        name: one of :data:`krdistill.config.Classification`.
+        prior: of the training labels.
+        label_smoothing: for those that have it.
+        weight: of the term.
+    """
+    counts, smooth = prior.counts, label_smoothing
+    made: dict[str, Callable[[], nn.Module]] = {
+        "cross-entropy": lambda: CrossEntropy(label_smoothing=smooth),
+        "balanced-softmax": lambda: BalancedSoftmax(counts, label_smoothing=smooth),
+        "logit-adjusted": lambda: LogitAdjustedLoss(counts, label_smoothing=smooth),
+        "focal": FocalLoss,
+        "class-balanced": lambda: ClassBalancedCrossEntropy(counts, label_smoothing=smooth),
+        "class-balanced-focal": lambda: ClassBalancedFocal(counts),
+        "label-aware-smoothing": lambda: LabelAwareSmoothing(counts),
+        # The cosine head gives logits of scale 30, so that the deployed network's softmax means something.
+        "ldam": lambda: LDAM(counts, scale=1.0, max_margin=15.0, drw_from=None),
+        "ldam-drw": lambda: LDAM(counts, scale=1.0, max_margin=15.0),
+        "dot-regression": DotRegression,
+    }
+    if name not in made:
+        raise ModelError(unknown_name("classification loss", name, made))
+    call = on_labels_and_progress if name == "ldam-drw" else on_labels
+    return Term("classification", made[name](), call, weight=weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import RecipeConfig, RunConfig, TrainConfig
+from .config import RecipeConfig, RunConfig, TrainConfig, check_student
 from .data import DataBundle
 from .data.augment import build_augmentation
 from .errors import ConfigError, ModelError, RunFolderError
@@ -24,6 +24,7 @@ from .evaluation import diagnose_teacher, evaluate_predictions, prediction_recor
 from .events import Events
 from .files import read_json, replacing, write_json
 from .models import create_model, model_info
+from .models.experts import Experts
 from .models.network import Network, build_network, load_network, save_network
 from .models.teacher import Teacher
 from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
@@ -43,13 +44,14 @@ from .runfolder import (
     environment,
 )
 from .stages import (
-    build_objective,
+    build_task,
     distil,
     evaluate_network,
     load_configured_data,
     measure,
     profile_teacher,
     rectified_logits,
+    train_experts,
     train_teacher,
 )  # fmt: skip
 from .training.loop import Trainer, collect_outputs
@@ -80,6 +82,13 @@ def check_names(config: RunConfig) -> tuple[Recipe, Options, tuple[tuple[RecipeC
     """Resolves every name in a configuration, without touching data; raises for an unknown one."""
     recipe, options = resolve_recipe(config.recipe)
     baselines = tuple((c, *resolve_recipe(c)) for c in config.baselines)
+    for name, resolved in ((config.recipe.key, options), *((c.key, o) for c, _, o in baselines)):
+        check_student(config.student, name, resolved.classification)
+    for who, part in (("teacher", config.teacher), ("student", config.student)):
+        if part.second_stage == "tau-norm" and config.data.val_fraction == 0:
+            raise ConfigError(
+                f"{who}.second_stage: 'tau-norm' chooses its tau on held-out images; set data.val_fraction, as 0.1."
+            )
     if not config.teacher.run:
         model_info(config.teacher.model)
     model_info(config.student.model)
@@ -173,40 +182,44 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
         return 1.0 if state is None else 1.0 - state["trainer"]["epoch"] / train.epochs
 
     if not config.teacher.run and folder.done("teacher") is None:
-        train = config.teacher.train
-        task = Task(
-            copy.deepcopy(teacher_network), Objective([classification_term(config.teacher.classification, plan.prior)])
-        )
+        train, task = config.teacher.train, _supervised(plan, teacher_network)
         result["teacher"] = seconds(task, train) * left("teacher", train)
     teacher = Teacher(teacher_network, class_names=names)
     dim = teacher.feature_dim
     generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4 * plan.prior.num_classes) % plan.prior.num_classes
     profile = TeacherProfile(
         torch.nn.functional.normalize(torch.randn(plan.prior.num_classes, dim, generator=generator), dim=1),
         torch.randn(4 * plan.prior.num_classes, plan.prior.num_classes, generator=generator),
-        torch.arange(4 * plan.prior.num_classes) % plan.prior.num_classes,
+        labels,
         "random numbers, for timing only",
+        torch.randn(len(labels), dim, generator=generator),
+        labels,
     )
     known: dict[bool, float] = {}
     for stage, _, recipe, options in plan.recipes:
         if folder.done(stage) is not None:
             continue
-        asks = "teacher" in recipe.needs
+        asks = bool(recipe.needs & {"teacher", "experts"})
         if asks not in known:
             student = build_network(config.student.model, class_names=names, images=images)
-            objective = build_objective(
-                recipe,
-                options,
-                plan.prior,
-                plan.groups,
-                student,
-                profile if asks else None,
-                teacher=teacher,
-                labels=data.train.labels,
+            timed, its_options = (recipe, options) if "experts" not in recipe.needs else resolve_recipe(_PLAIN)
+            task = build_task(
+                timed, its_options, student, data, plan.prior, plan.groups, teacher=teacher, profile=profile
             )
-            known[asks] = seconds(Task(student, objective, teacher), config.student.train)
+            known[asks] = seconds(task, config.student.train)
         result[stage] = known[asks] * left(stage, config.student.train)
+        if "experts" in recipe.needs and not folder.part("experts").is_dir():
+            result["experts"] = seconds(_supervised(plan, teacher_network), config.teacher.train)
     return result
+
+
+_PLAIN = RecipeConfig(name="kd")
+
+
+def _supervised(plan: Plan, network: Network) -> Task:
+    """A throw-away copy of the teacher's training, for timing."""
+    return Task(copy.deepcopy(network), Objective([classification_term("cross-entropy", plan.prior)]))
 
 
 def open_folder(plan: Plan, out: Path) -> RunFolder:
@@ -282,7 +295,8 @@ def _teacher_stage(folder: RunFolder, plan: Plan, events: Events) -> Teacher:
     with folder.timed("teacher"):
         trained = train_teacher(
             plan.data, plan.prior, plan.groups, model=config.model, train=config.train,
-            classification=config.classification, seed=plan.config.seed, device=plan.device, events=events,
+            classification=config.classification, head=config.head, second_stage=config.second_stage,
+            seed=plan.config.seed, device=plan.device, events=events,
             store=folder,
         )  # fmt: skip
         save_network(trained.network, folder.part("teacher"))
@@ -295,18 +309,12 @@ def _diagnosis_stage(folder: RunFolder, plan: Plan, teacher: Teacher, events: Ev
     if stored.is_file() and (folder.part("teacher") / DIAGNOSIS).is_file():
         events.skipped("diagnosis", "already done")
         values = torch.load(stored, weights_only=True)
-        return TeacherProfile(values["class_means"], values["view_logits"], values["view_labels"], values["views"])
+        return TeacherProfile(**values)
     events.stage("diagnosis", "whom does the teacher favour?")
     with folder.timed("diagnosis"):
         profile = profile_teacher(teacher, plan.data, seed=plan.config.seed, device=plan.device)
         with replacing(stored) as part:
-            torch.save(
-                {
-                    "class_means": profile.class_means, "view_logits": profile.view_logits,
-                    "view_labels": profile.view_labels, "views": profile.views,
-                },
-                part,
-            )  # fmt: skip
+            torch.save({f.name: getattr(profile, f.name) for f in fields(profile)}, part)
         logits, _ = collect_outputs(teacher, plan.data.test, device=plan.device)
         train_logits, _ = collect_outputs(teacher, plan.data.train, device=plan.device)
         context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
@@ -334,19 +342,39 @@ def _student_stage(
         return
     events.stage(stage, f"{model} by {config.key}, {train.epochs} epochs")
     with folder.timed(stage):
-        student = build_network(model, class_names=plan.prior.class_names, images=plan.data.train.images, seed=seed + 1)
-        asks = "teacher" in recipe.needs
-        objective = build_objective(
-            recipe, options, plan.prior, plan.groups, student, profile if asks else None, seed=seed,
-            label_smoothing=train.label_smoothing, teacher=teacher if asks else None, labels=plan.data.train.labels,
+        student = build_network(
+            model, class_names=plan.prior.class_names, head=plan.config.student.head, images=plan.data.train.images,
+            seed=seed + 1,
+        )  # fmt: skip
+        task = build_task(
+            recipe, options, student, plan.data, plan.prior, plan.groups, teacher=teacher, profile=profile,
+            experts=_experts(folder, plan, events) if "experts" in recipe.needs else None,
+            label_smoothing=train.label_smoothing, seed=seed,
         )  # fmt: skip
         trained = distil(
-            student, plan.data, plan.groups, objective, teacher if asks else None, train, seed=seed,
+            task, plan.data, plan.groups, train, second_stage=plan.config.student.second_stage, seed=seed,
             device=plan.device, stage=stage, events=events, store=folder,
         )  # fmt: skip
         save_network(trained.network, folder.part(stage))
         record = {"model": model, "recipe": config.key, "options": options.model_dump(mode="json"), **trained.record}
         folder.finish(stage, record)
+
+
+def _experts(folder: RunFolder, plan: Plan, events: Events) -> Experts:
+    """The experts of the class groups, trained once for the run."""
+
+    def trained(name: str) -> Network | None:
+        stage = f"experts/{name}"
+        return load_network(folder.part(stage)) if folder.done(stage) is not None else None
+
+    def keep(name: str, network: Network) -> None:
+        save_network(network, folder.part(f"experts/{name}"))
+        folder.finish(f"experts/{name}", {"model": plan.config.teacher.model})
+
+    return train_experts(
+        plan.data, plan.groups, model=plan.config.teacher.model, train=plan.config.teacher.train,
+        seed=plan.config.seed, device=plan.device, events=events, trained=trained, keep=keep,
+    )  # fmt: skip
 
 
 def _evaluation_stage(

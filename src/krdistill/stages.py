@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import DataConfig, GroupRule, TrainConfig
 from .data import DataBundle, load_data
 from .data.augment import Compose, Cutout, RandomCrop, TrivialAugmentWide
 from .data.containers import ImageData
+from .errors import DataError, ModelError
 from .evaluation import evaluate_predictions
 from .events import Events
-from .models.network import Network, build_network
+from .models.experts import Experts
+from .models.network import Network, build_network, reuse_classifier
 from .models.teacher import Teacher
 from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from .priors import ClassGroups, ClassPrior
 from .recipes import Options, Recipe
 from .recipes.distill import DistillOptions, resolve_tau
 from .rectify import class_means, remove_prior
+from .rectify.second_stage import apply_second_stage
+from .rng import derive_seed
 from .training.loop import EpochRecord, Trainer, collect_outputs
 from .training.task import Task, best_device
 
@@ -138,19 +143,21 @@ def train_teacher(
     model: str,
     train: TrainConfig,
     classification: str = "cross-entropy",
+    head: str = "linear",
+    second_stage: str = "none",
     seed: int = 0,
     device: torch.device | None = None,
+    stage: str = "teacher",
     events: Events | None = None,
     store: TrainingStore | None = None,
 ) -> Trained:
     """Trains a teacher from labels alone."""
-    network = build_network(model, class_names=data.train.class_names, images=data.train.images, seed=seed)
+    device = device or best_device("auto")
+    network = build_network(model, class_names=data.train.class_names, head=head, images=data.train.images, seed=seed)
     term = classification_term(classification, prior, label_smoothing=train.label_smoothing)
     task = Task(network, Objective([term]))
-    record = fit(
-        task, data, groups, train, seed=seed, device=device or best_device("auto"), stage="teacher", events=events,
-        store=store,
-    )  # fmt: skip
+    record = fit(task, data, groups, train, seed=seed, device=device, stage=stage, events=events, store=store)
+    record |= balance_head(network, data, second_stage, seed=seed, device=device)
     return Trained(network, {"model": model, "recipe": classification, **record})
 
 
@@ -171,73 +178,159 @@ def profile_teacher(
         views, words = _augmented(data.train, seed), "training images under crop, TrivialAugment and a hole"
     limit = max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes)
     if len(views.labels) > limit:
-        views = views.subset(torch.linspace(0, len(views.labels) - 1, limit).round().long())
+        views = views.subset(_evenly(len(views.labels), limit))
     logits, _ = collect_outputs(teacher, views, device=device)
-    return TeacherProfile(means, logits, views.labels, words)
+    kept = _evenly(len(features), max(data.train.num_classes, MAX_VIEW_VALUES // features.shape[1]))
+    return TeacherProfile(means, logits, views.labels, words, features[kept], data.train.labels[kept])
 
 
-def build_objective(
+def train_experts(
+    data: DataBundle,
+    groups: ClassGroups,
+    *,
+    model: str,
+    train: TrainConfig,
+    seed: int = 0,
+    device: torch.device | None = None,
+    events: Events | None = None,
+    trained: Callable[[str], Network | None] = lambda name: None,
+    keep: Callable[[str, Network], None] = lambda name, network: None,
+) -> Experts:
+    """One expert per group of at least two classes, each trained on its group's images alone.
+
+    Args:
+        data: all images.
+        groups: of the classes.
+        model: the experts' network.
+        train: how they are trained.
+        seed: of everything random.
+        device: where.
+        events: hears what goes on.
+        trained: gives a group's expert where there is one already.
+        keep: is given every new expert.
+    """
+    networks, members = [], []
+    for name in groups.names:
+        classes = groups.members(name)
+        if len(classes) < 2:
+            continue
+        network = trained(name)
+        if network is None:
+            part = data.keep_classes(classes)
+            prior, own = measure(part)
+            network = train_teacher(
+                part, prior, own, model=model, train=train, seed=seed, device=device, events=events,
+                stage=f"experts/{name}",
+            ).network  # fmt: skip
+            keep(name, network)
+        networks.append(network)
+        members.append(classes)
+    return Experts(networks, members, len(groups.index))
+
+
+def build_task(
     recipe: Recipe,
     options: Options,
+    student: Network,
+    data: DataBundle,
     prior: ClassPrior,
     groups: ClassGroups,
-    student: Network,
-    profile: TeacherProfile | None,
     *,
     teacher: Teacher | None = None,
-    labels: Tensor | None = None,
-    seed: int = 0,
+    profile: TeacherProfile | None = None,
+    experts: Experts | None = None,
     label_smoothing: float = 0.0,
-) -> Objective:
-    """A recipe's objective for a student.
+    seed: int = 0,
+) -> Task:
+    """What a recipe trains: the student (with another head where the recipe gives it one), objective and teacher.
 
     Args:
         recipe: the method.
         options: its resolved options.
+        student: what will be trained.
+        data: the training images are asked for their labels alone.
         prior: of the training labels.
         groups: of the classes.
-        student: what will be trained.
-        profile: what was measured of the teacher; None where the recipe takes none.
-        teacher: asked for the widths of its stages alone.
-        labels: of the training images, for methods that keep a memory of every image.
-        seed: of anchors and projectors.
+        teacher: for recipes that need one.
+        profile: what was measured of it.
+        experts: for recipes that need them.
         label_smoothing: of the classification loss.
+        seed: of anchors and projectors.
     """
+    asks = "teacher" in recipe.needs
+    if asks and (teacher is None or profile is None):
+        raise ModelError(f"The recipe {recipe.name!r} needs a teacher, got none. Give one, or use the recipe 'none'.")
+    if "experts" in recipe.needs and experts is None:
+        raise ModelError(f"The recipe {recipe.name!r} needs experts of the class groups, got none.")
+    if recipe.reuses_classifier and teacher is not None:
+        student = reuse_classifier(student, teacher, factor=options.factor, seed=seed)  # type: ignore[attr-defined]
+    head = teacher.network.backbone.get_submodule(teacher.network.head_name) if asks and teacher is not None else None
     context = ObjectiveContext(
         prior=prior,
         groups=groups,
         student_dim=student.feature_dim,
-        teacher=profile,
+        teacher=profile if asks else None,
         seed=seed,
         label_smoothing=label_smoothing,
         student_maps=student.map_channels,
-        teacher_maps=teacher.network.map_channels if teacher is not None else (),
-        labels=labels,
+        teacher_maps=teacher.network.map_channels if asks and teacher is not None else (),
+        labels=data.train.labels,
+        teacher_head=head if isinstance(head, nn.Linear) else None,
     )
-    return recipe.build(options, context)
+    return Task(student, recipe.build(options, context), experts if "experts" in recipe.needs else teacher)
 
 
 def distil(
-    student: Network,
+    task: Task,
     data: DataBundle,
     groups: ClassGroups,
-    objective: Objective,
-    teacher: Teacher | None,
     train: TrainConfig,
     *,
+    second_stage: str = "none",
     seed: int = 0,
     device: torch.device | None = None,
     stage: str = "student",
     events: Events | None = None,
     store: TrainingStore | None = None,
 ) -> Trained:
-    """Trains a student with an objective and a teacher."""
-    task = Task(student, objective, teacher)
-    record = fit(
-        task, data, groups, train, seed=seed, device=device or best_device("auto"), stage=stage, events=events,
-        store=store,
-    )  # fmt: skip
-    return Trained(student, {**record, **objective.summary})
+    """Trains a student by a task of :func:`build_task`, then balances its last layer where that is asked for."""
+    device = device or best_device("auto")
+    record = fit(task, data, groups, train, seed=seed, device=device, stage=stage, events=events, store=store)
+    balanced = balance_head(task.network, data, second_stage, seed=seed, device=device)
+    return Trained(task.network, {**record, **task.objective.summary, **balanced})
+
+
+def balance_head(
+    network: Network, data: DataBundle, method: str, *, seed: int = 0, device: torch.device | None = None
+) -> dict[str, Any]:
+    """The second stage: a network's last linear layer is balanced on its own frozen features, in place.
+
+    Args:
+        network: trained.
+        data: training images; ``tau-norm`` chooses its tau on the validation part.
+        method: ``none``, ``crt``, ``tau-norm``, ``lws`` or ``ncm``.
+        seed: of the images' order.
+        device: where the features are computed.
+
+    Returns:
+        What was done, for the record.
+    """
+    if method == "none":
+        return {}
+    head = network.backbone.get_submodule(network.head_name)
+    if type(head) is not nn.Linear:
+        raise ModelError(f"second_stage {method!r} balances a plain linear head, got {type(head).__name__}.")
+    device = device or best_device("auto")
+    _, features = collect_outputs(network, data.train, device=device)
+    options: dict[str, Any] = {}
+    if method == "tau-norm":
+        if data.val is None:
+            raise DataError("second_stage 'tau-norm' needs held-out images to choose its tau; set data.val_fraction.")
+        options["held_out"] = (collect_outputs(network, data.val, device=device)[1], data.val.labels)
+    elif method in ("crt", "lws"):
+        options["seed"] = derive_seed(seed, "second-stage") % 2**31
+    found = apply_second_stage(head, method, features, data.train.labels, **options)  # type: ignore[arg-type]
+    return {"second_stage": method, **found}
 
 
 # Stage 2: evaluation --------------------------------------------------------------------------------------------------
@@ -257,6 +350,11 @@ def evaluate_network(
     """Metrics on a set of images, and the logits they come from."""
     logits, _ = collect_outputs(network, data, device=device or best_device("auto"))
     return evaluate_predictions(logits, data.labels, groups, class_names=data.class_names), logits
+
+
+def _evenly(n: int, limit: int) -> Tensor:
+    """Row numbers of at most ``limit`` of n rows, evenly spread."""
+    return torch.arange(n) if n <= limit else torch.linspace(0, n - 1, limit).round().long()
 
 
 def _augmented(data: ImageData, seed: int) -> ImageData:

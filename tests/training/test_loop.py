@@ -43,7 +43,14 @@ def _distilled(name: str = "krdistill", seed: int = 0) -> Task:
     ]
     generator = torch.Generator().manual_seed(0)
     means = torch.nn.functional.normalize(torch.randn(3, networks[0].feature_dim, generator=generator), dim=1)
-    profile = TeacherProfile(means, torch.randn(30, 3, generator=generator), torch.arange(30) % 3, "random")
+    profile = TeacherProfile(
+        means,
+        torch.randn(30, 3, generator=generator),
+        torch.arange(30) % 3,
+        "random",
+        torch.randn(30, means.shape[1], generator=generator),
+        torch.arange(30) % 3,
+    )
     entry = recipe(name)
     context = ObjectiveContext(prior, prior.groups("thirds"), networks[1].feature_dim, profile)
     objective = entry.build(entry.resolve({}), context)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..outputs import Outputs
-from .registry import create_model
+from .assemble import assemble
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 _WEIGHTS, _CARD = "model.safetensors", "network.json"
 
@@ -33,7 +36,7 @@ class Network(nn.Module):
         std: per-channel standard deviation, ``(C,)``.
         image_size: (H, W) of its input.
         head: dotted name of the last linear layer, where the last one found is not the classifier.
-        architecture: the arguments of :func:`~krdistill.models.create_model` that rebuild the backbone.
+        architecture: what :func:`~krdistill.models.assemble.assemble` rebuilds the backbone from.
 
     Raises:
         ModelError: no linear layer, an unknown ``head``, or a class count that differs from the layer's width.
@@ -143,7 +146,8 @@ class Network(nn.Module):
 
 
 def build_network(
-    model: str, *, class_names: Sequence[str], images: Tensor | None = None, mean: Sequence[float] | None = None,
+    model: str, *, class_names: Sequence[str], head: str = "linear", images: Tensor | None = None,
+    mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, image_size: tuple[int, int] | None = None, seed: int = 0,
 ) -> Network:  # fmt: skip
     """A network of ours by name, normalised for the given training images.
@@ -151,6 +155,7 @@ def build_network(
     Args:
         model: a name of ``krdistill list models``.
         class_names: K names.
+        head: the last layer: ``linear``, ``cosine`` (for margin losses) or ``etf`` (fixed anchors).
         images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given.
         mean: per channel, in [0, 1].
         std: per channel.
@@ -165,8 +170,42 @@ def build_network(
         raise ModelError("Expected training images, or mean, std and image_size; got neither.")
     sizes = {"num_classes": len(class_names), "in_channels": len(mean), "image_size": image_size[0]}
     arguments: dict[str, Any] = {"name": model, **sizes}
-    backbone = create_model(**arguments, seed=seed)
+    if head != "linear":
+        arguments["head"] = head
+    backbone = assemble(arguments, seed=seed)
     return Network(backbone, class_names=class_names, mean=mean, std=std, image_size=image_size, architecture=arguments)
+
+
+def reuse_classifier(student: Network, teacher: Teacher, *, factor: int = 2, seed: int = 0) -> Network:
+    """A student with a projector and a copy of the teacher's frozen classifier in place of its own head.
+
+    Args:
+        student: one of our networks; its stages are taken over.
+        teacher: its last layer must be a plain linear one.
+        factor: of the projector's bottleneck.
+        seed: of the projector.
+
+    Raises:
+        ModelError: a student that is not one of ours, or a teacher with another head.
+    """
+    source = teacher.network.backbone.get_submodule(teacher.network.head_name)
+    if student.architecture is None or type(source) is not nn.Linear:
+        raise ModelError(
+            "Reusing the teacher's classifier needs a student of krdistill's own and a linear teacher head."
+        )
+    architecture = {**student.architecture, "reuse": {"teacher_dim": source.in_features, "factor": factor}}
+    backbone = assemble(architecture, seed=seed)
+    head = backbone.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(source.weight[teacher.order])
+        if source.bias is not None and head.bias is not None:
+            head.bias.copy_(source.bias[teacher.order])
+    mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
+    return Network(
+        backbone, class_names=student.class_names, mean=mean, std=std, image_size=student.image_size,
+        architecture=architecture,
+    )  # fmt: skip
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
@@ -222,7 +261,7 @@ def load_network(folder: Path, *, backbone: nn.Module | None = None) -> Network:
                 f"The network in {folder} was not one of krdistill's own; "
                 "give the module: load_network(folder, backbone=...)."
             )
-        backbone = create_model(**architecture)
+        backbone = assemble(architecture)
     network = Network(
         backbone,
         class_names=card["class_names"],

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from ..config import RecipeConfig
 from ..errors import ConfigError, unknown_name
-from . import kd, krdistill, none
+from . import bkd, cbd, cckd, crd, dive, dkd, kd, krdistill, lfme, ltkd, none, relations, reviewkd, simkd, ssd
 from .base import Options, Recipe, Source
 
 _FILES = (
     krdistill,
     kd,
+    bkd,
+    ltkd,
+    cckd,
+    dive,
+    cbd,
+    ssd,
+    lfme,
+    dkd,
+    relations,
+    reviewkd,
+    crd,
+    simkd,
     none,
 )
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ..config import Section, validate
+from ..config import Classification, Section, validate
 
 if TYPE_CHECKING:
     from ..objective import Objective, ObjectiveContext
-
-Classification = Literal["cross-entropy", "balanced-softmax"]
 
 
 class Options(Section):
@@ -21,7 +19,8 @@ class Options(Section):
 
     Attributes:
         classification: the student's own loss on the labels. ``balanced-softmax`` adds the log prior to the logits
-            while training, so that the plain logits are a balanced classifier at test time.
+            while training, so that the plain logits are a balanced classifier at test time. ``ldam``, ``ldam-drw`` and
+            ``dot-regression`` need another head (``--student.head``).
         classification_weight: its weight.
     """
 
@@ -51,6 +50,8 @@ class Recipe:
         defaults: where its defaults differ from the class's.
         defaults_from: where the defaults come from.
         build: options and context to an objective.
+        reuses_classifier: whether a projector and the teacher's frozen classifier take the place of the student's head
+            (its options then hold the projector's ``factor``).
     """
 
     name: str
@@ -61,6 +62,7 @@ class Recipe:
     defaults_from: str
     build: Callable[[Any, ObjectiveContext], Objective]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    reuses_classifier: bool = False
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
         """The recipe's options with the user's values over its defaults; unknown ones are refused."""

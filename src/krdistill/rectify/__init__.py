@@ -1,7 +1,9 @@
 """Rectifiers: pure functions that change what the teacher says, before the student is pulled to it."""
 
 from .anchor_rectification import blend_features, class_means, rarity, recentre_features
+from .class_reweighting import reweight_classes
 from .error_correction import correct_errors, errors
+from .power_normalisation import power_normalise
 from .prior_removal import auto_tau, mean_prediction, remove_prior
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "correct_errors",
     "errors",
     "mean_prediction",
+    "power_normalise",
     "rarity",
     "recentre_features",
     "remove_prior",
+    "reweight_classes",
 ]

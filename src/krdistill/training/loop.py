@@ -17,7 +17,7 @@ from ..data.augment import build_augmentation, mixup
 from ..data.containers import ImageData
 from ..errors import KrdistillError
 from ..models.network import Network
-from ..rng import generator
+from ..sampling import Sampling, epoch_order
 from .optim import build_optimizer, learning_rate
 from .task import Task, place
 
@@ -91,6 +91,7 @@ class Trainer:
             if config.ema > 0
             else None
         )
+        self.sampler: Sampling = task.objective.sampler if config.sampler == "recipe" else config.sampler
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.epoch = 0
 
@@ -104,7 +105,9 @@ class Trainer:
 
         Their sizes differ by one at most, so that no batch of one or two images upsets batch normalisation.
         """
-        order = torch.randperm(len(self.labels), generator=generator(self.seed, "order", epoch))
+        order = epoch_order(
+            self.sampler, self.labels.cpu(), self.seed, epoch, progress=epoch / max(1, self.config.epochs - 1)
+        )
         return torch.tensor_split(order, self.steps_per_epoch)
 
     def epochs(self) -> Iterator[EpochRecord]:
@@ -142,7 +145,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         stat_sums: dict[str, Tensor] = {}
         right = torch.zeros((), device=self.device, dtype=torch.float64)
-        seen = torch.bincount(self.labels, minlength=self.num_classes).to(torch.float64)
+        seen = torch.zeros(self.num_classes, device=self.device, dtype=torch.float64)
         lr = config.lr
         started = time.perf_counter()
         for step, index in enumerate(self.batches(epoch)):
@@ -153,9 +156,11 @@ class Trainer:
             terms, correct, stats = self.step(epoch, step, index)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.sum(dtype=torch.float64)
+            labels = self.labels[index.to(self.device)]
+            seen.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
             for name, value in stats.items():
                 per_class = stat_sums.setdefault(name, torch.zeros_like(seen))
-                per_class.index_add_(0, self.labels[index.to(self.device)], value.to(torch.float64))
+                per_class.index_add_(0, labels, value.to(torch.float64))
             right += correct.sum()
             if self.on_step is not None:
                 self.on_step(done + 1, config.epochs * self.steps_per_epoch)

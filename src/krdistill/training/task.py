@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models.experts import Experts
 from ..models.network import Network
 from ..models.teacher import Teacher
 from ..objective import Objective
@@ -32,14 +33,14 @@ class Task(nn.Module):
         teacher: asked for every batch where the objective needs one.
     """
 
-    def __init__(self, network: Network, objective: Objective, teacher: Teacher | None = None) -> None:
+    def __init__(self, network: Network, objective: Objective, teacher: Teacher | Experts | None = None) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
         self._teacher = [teacher] if teacher is not None and objective.needs_teacher else []
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | Experts | None:
         return self._teacher[0] if self._teacher else None
 
     def forward(
