@@ -219,7 +219,8 @@ _PLAIN = RecipeConfig(name="kd")
 
 def _supervised(plan: Plan, network: Network) -> Task:
     """A throw-away copy of the teacher's training, for timing."""
-    return Task(copy.deepcopy(network), Objective([classification_term("cross-entropy", plan.prior)]))
+    fresh = copy.deepcopy(network).requires_grad_(True)
+    return Task(fresh, Objective([classification_term("cross-entropy", plan.prior)]))
 
 
 def open_folder(plan: Plan, out: Path) -> RunFolder:

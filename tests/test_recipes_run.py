@@ -1,0 +1,83 @@
+"""Every recipe trains on long-tailed digits through the command line, as a user would start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from krdistill.cli import main
+from krdistill.config import HEAD_OF, Classification
+from krdistill.recipes import list_recipes
+
+SMALL = (
+    "--teacher.model", "resnet8", "--student.model", "resnet8w8", "--train.epochs", "2", "--train.evaluate_every", "2",
+    "--data.groups", "thirds", "--baselines", "[]", "--export.onnx", "false",
+)  # fmt: skip
+
+
+def _run(out: Path, *args: str) -> dict:  # type: ignore[type-arg]
+    main(["run", "digits-lt", *SMALL, "--out", str(out), *args])
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    _run(folder, "--recipe", "none", "--teacher.train.epochs", "8")
+    return folder
+
+
+@pytest.mark.parametrize("name", [r.name for r in list_recipes()])
+def test_recipe(name: str, taught: Path, tmp_path: Path) -> None:
+    small = ("--recipe.negatives", "64") if name == "crd" else ()
+    metrics = _run(tmp_path / "run", "--recipe", name, *small, "--teacher.run", str(taught))
+    assert metrics["student"]["recipe"] == name and metrics["student"]["epochs"] == 2
+    assert 0 <= metrics["student"]["top1"] <= 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    student = [line["loss"]["total"] for line in lines if line["stage"] == "student"]
+    assert len(student) == 2
+    if name not in {"lfme", "crd"}:  # their losses change while they train: experts are let go, memories fill
+        assert student[1] < student[0] * 1.05
+    if name == "lfme":
+        assert {line["stage"] for line in lines} >= {"experts/head", "experts/medium", "experts/tail"}
+
+
+@pytest.mark.parametrize("name", [n for n in Classification.__args__ if n != "cross-entropy"])  # type: ignore[attr-defined]
+def test_classification_loss(name: str, taught: Path, tmp_path: Path) -> None:
+    head = HEAD_OF.get(name, "linear")
+    metrics = _run(
+        tmp_path / "run", "--recipe", "none", "--recipe.classification", name, "--student.head", head, "--teacher.run",
+        str(taught),
+    )  # fmt: skip
+    assert metrics["student"]["top1"] > 0.1
+
+
+@pytest.mark.parametrize("method", ["crt", "lws", "ncm", "tau-norm"])
+def test_second_stage(method: str, taught: Path, tmp_path: Path) -> None:
+    held = ("--data.val_fraction", "0.2") if method == "tau-norm" else ("--teacher.run", str(taught))
+    metrics = _run(tmp_path / "run", "--recipe", "none", "--student.second_stage", method, *held)
+    assert metrics["student"]["top1"] > 0.1
+    done = json.loads((tmp_path / "run" / "student" / "done.json").read_text(encoding="utf-8"))
+    assert done["second_stage"] == method
+    assert ("tau" in done) == (method == "tau-norm")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--recipe", "none", "--recipe.classification", "ldam"), "needs head 'cosine'"),
+        (("--recipe", "none", "--student.head", "etf"), "dot-regression"),
+        (("--student.second_stage", "tau-norm"), "data.val_fraction"),
+        (("--recipe", "simkd", "--teacher.classification", "ldam", "--teacher.head", "cosine"), "linear teacher head"),
+        (("--recipe", "none", "--recipe.classification", "focal", "--train.label_smoothing", "0.1"), "label_smoothing"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    args: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        _run(tmp_path / "run", "--train.epochs", "1", *args)
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
