@@ -374,7 +374,7 @@ def _experts(folder: RunFolder, plan: Plan, events: Events) -> Experts:
 
     return train_experts(
         plan.data, plan.groups, model=plan.config.teacher.model, train=plan.config.teacher.train,
-        seed=plan.config.seed, device=plan.device, events=events, trained=trained, keep=keep,
+        seed=plan.config.seed, device=plan.device, events=events, store=folder, trained=trained, keep=keep,
     )  # fmt: skip
 
 

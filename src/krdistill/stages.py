@@ -193,6 +193,7 @@ def train_experts(
     seed: int = 0,
     device: torch.device | None = None,
     events: Events | None = None,
+    store: TrainingStore | None = None,
     trained: Callable[[str], Network | None] = lambda name: None,
     keep: Callable[[str, Network], None] = lambda name, network: None,
 ) -> Experts:
@@ -206,6 +207,7 @@ def train_experts(
         seed: of everything random.
         device: where.
         events: hears what goes on.
+        store: keeps their checkpoints and log.
         trained: gives a group's expert where there is one already.
         keep: is given every new expert.
     """
@@ -219,7 +221,7 @@ def train_experts(
             part = data.keep_classes(classes)
             prior, own = measure(part)
             network = train_teacher(
-                part, prior, own, model=model, train=train, seed=seed, device=device, events=events,
+                part, prior, own, model=model, train=train, seed=seed, device=device, events=events, store=store,
                 stage=f"experts/{name}",
             ).network  # fmt: skip
             keep(name, network)
