@@ -186,7 +186,9 @@ def test_teacher_of_an_earlier_run_is_taken(finished: Path, tmp_path: Path) -> N
     assert metrics["teacher"]["per_class"] == first["teacher"]["per_class"]
     assert metrics["teacher"]["model"] == "resnet14"
     with pytest.raises(ModelError, match="no folder"):
-        run(prepare(load_config(SMALL, [("teacher.run", str(tmp_path / "nowhere"))])), tmp_path / "third")
+        prepare(load_config(SMALL, [("teacher.run", str(tmp_path / "nowhere"))]))
+    with pytest.raises(ModelError, match="takes images of 8x8 with 1 channel.*the data are 16x16"):
+        prepare(load_config(SMALL, [("teacher.run", str(finished)), ("data.image_size", "16")]))
 
 
 def test_a_teacher_of_other_classes_is_refused_before_training(finished: Path, tmp_path: Path) -> None:
@@ -196,9 +198,8 @@ def test_a_teacher_of_other_classes_is_refused_before_training(finished: Path, t
     values = json.loads(card.read_text())
     values["class_names"][3] = "drei"
     (other / "teacher" / "network.json").write_text(json.dumps(values))
-    plan = prepare(load_config(SMALL, [("teacher.run", str(other))]))
     with pytest.raises(ModelError, match="unknown to the teacher"):
-        run(plan, tmp_path / "refused")
+        prepare(load_config(SMALL, [("teacher.run", str(other))]))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ def prepare(config: RunConfig) -> Plan:
                     in_channels=data.train.channels,
                     image_size=data.train.image_size[0],
                 )
-    return Plan(config, data, prior, groups, recipe, options, baselines, best_device(config.device))
+    plan = Plan(config, data, prior, groups, recipe, options, baselines, best_device(config.device))
+    _given_teacher(plan)  # an earlier run's teacher that does not fit is refused here
+    return plan
 
 
 # The whole job in a folder --------------------------------------------------------------------------------------------
