@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -144,14 +145,15 @@ class ConsoleEvents(Events):
     def epoch(self, name: str, line: Mapping[str, Any]) -> None:
         test = line.get("test") or line.get("val")
         score = f", {100 * test['top1']:.1f}% {'test' if line.get('test') else 'validation'}" if test else ""
-        self._last = f"epoch {line['epoch']}/{line['epochs']}, loss {line['loss']['total']:.3f}{score}"
+        words = f"epoch {line['epoch']}/{line['epochs']}, loss {line['loss']['total']:.3f}{score}"
+        self._last = words
         if line["epoch"] == line["epochs"]:
             self.close()
-            self.console.print(f"  [dim]{escape(self._last)}[/dim]", highlight=False)
+            self.console.print(f"  [dim]{escape(words)}[/dim]", highlight=False)
 
     def note(self, text: str) -> None:
         self.close()
-        self.console.print(f"  {escape(text)}", highlight=False)
+        self.console.print(Padding(escape(text), (0, 0, 0, 2)), highlight=False)
 
     def close(self) -> None:
         if self._bar is not None:
