@@ -102,6 +102,12 @@ def test_recipe_options_are_checked_by_name() -> None:
     config = load_config({"recipe": {"name": "krdistill", "temprature": 2}})
     with pytest.raises(ConfigError, match="Did you mean 'temperature'"):
         resolve_recipe(config.recipe)
+    with pytest.raises(ConfigError, match="tau would have no effect, as prior is 'none'"):
+        recipe("kd").resolve({"tau": 1.5})
+    with pytest.raises(ConfigError, match="blend_strength would have no effect, as rectify is 'recentre'"):
+        recipe("krdistill").resolve({"rectify": "recentre", "blend_strength": 0.9})
+    with pytest.raises(ConfigError, match="distance would have no effect, as feature_weight is 0"):
+        recipe("krdistill-lrd").resolve({"distance": "squared"})
     with pytest.raises(ConfigError, match="nothing would be trained"):
         recipe("kd").resolve({"classification_weight": 0, "logit_weight": 0})
 
@@ -111,7 +117,7 @@ def test_recipe_defaults_are_their_options() -> None:
         options = entry.resolve({})
         for key, value in entry.defaults.items():
             assert getattr(options, key) == value
-        assert entry.source.title and entry.source.arxiv
+        assert entry.source.title and (entry.source.arxiv or "PMLR" in entry.source.title)
 
 
 def test_difference_names_each_changed_key() -> None:

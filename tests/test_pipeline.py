@@ -187,7 +187,7 @@ def test_teacher_of_an_earlier_run_is_taken(finished: Path, tmp_path: Path) -> N
     assert metrics["teacher"]["model"] == "resnet14"
     with pytest.raises(ModelError, match="no folder"):
         prepare(load_config(SMALL, [("teacher.run", str(tmp_path / "nowhere"))]))
-    with pytest.raises(ModelError, match="takes images of 8x8 with 1 channel.*the data are 16x16"):
+    with pytest.raises(ModelError, match=r"takes images of 8x8 with 1 channel.*the data are 16x16"):
         prepare(load_config(SMALL, [("teacher.run", str(finished)), ("data.image_size", "16")]))
 
 

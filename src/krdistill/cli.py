@@ -198,11 +198,15 @@ def _print_recipes(console: Console) -> None:
 
     rows = []
     for r in list_recipes():
-        changed = " ".join(f"{k}={v}" for k, v in r.defaults.items())
-        needs = f"needs {', '.join(sorted(r.needs))}; " if r.needs else ""
-        rows.append(
-            (r.name, r.summary, f"arXiv {r.source.arxiv} ({r.source.year}); {needs}{changed} [{r.defaults_from}]")
+        arxiv = f", arXiv {r.source.arxiv}" if r.source.arxiv else ""
+        options = r.resolve({}).model_dump(mode="json")
+        off = {"none", 0}  # 0 stands for False and 0.0 too
+        shown = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items() if v not in off
         )
+        needs = f"needs {', '.join(sorted(r.needs))}\n" if r.needs else ""
+        facts = f"{r.source.title} ({r.source.year}{arxiv})\n{needs}defaults: {shown} [{r.defaults_from}]"
+        rows.append((r.name, r.summary, facts))
     print_list(console, "recipe", rows)
 
 

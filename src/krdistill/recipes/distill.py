@@ -49,6 +49,20 @@ class DistillOptions(Options):
     def _nothing_silent(self) -> DistillOptions:
         if self.classification_weight == self.logit_weight == self.feature_weight == 0:
             raise ValueError("all weights are 0, so nothing would be trained")
+        given = self.model_fields_set
+        for used, why, names in (
+            (self.prior != "none", "prior is 'none'", ("tau",)),
+            (
+                self.logit_weight > 0,
+                "logit_weight is 0",
+                ("temperature", "prior", "tau", "correction", "group_weights"),
+            ),
+            (self.feature_weight > 0, "feature_weight is 0", ("rectify", "blend_strength", "distance")),
+            (self.rectify == "blend", f"rectify is {self.rectify!r}", ("blend_strength",)),
+        ):
+            idle = [name for name in names if name in given and getattr(self, name) not in ("none", False)]
+            if idle and not used:
+                raise ValueError(f"{' and '.join(idle)} would have no effect, as {why}")
         return self
 
 
