@@ -18,7 +18,8 @@ from .errors import DataError, ModelError
 from .evaluation import evaluate_predictions
 from .events import Events
 from .models.experts import Experts
-from .models.network import Network, build_network, reuse_classifier
+from .models.network import Network, build_network
+from .models.reuse import reuse_classifier
 from .models.teacher import Teacher
 from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from .priors import ClassGroups, ClassPrior

@@ -9,6 +9,7 @@ from torch import nn
 
 from krdistill.errors import ModelError
 from krdistill.models.network import Network, build_network, channel_statistics, load_network, save_network
+from krdistill.models.reuse import reuse_classifier
 from krdistill.models.teacher import Teacher, class_order
 
 NAMES = ("cat", "dog", "owl")
@@ -144,3 +145,24 @@ def test_teacher_remaps_another_order_and_refuses_other_names() -> None:
         Teacher(network, class_names=("cat", "dog", "cow"))
     with pytest.raises(ModelError, match="knows 3 classes, the data have 2"):
         Teacher(network, class_names=("cat", "dog"))
+
+
+def test_heads_and_a_reused_classifier_are_rebuilt_from_the_card(tmp_path: Path) -> None:
+    x = _images().permute(0, 3, 1, 2)
+    teacher = Teacher(_network(seed=3), class_names=("owl", "cat", "dog"))
+    student = build_network("resnet8w8", class_names=("owl", "cat", "dog"), images=_images(), seed=1)
+    networks = {
+        "cosine": build_network("resnet8", class_names=NAMES, head="cosine", images=_images(), seed=1),
+        "etf": build_network("resnet8", class_names=NAMES, head="etf", images=_images(), seed=1),
+        "reused": reuse_classifier(student, teacher, seed=1),
+    }
+    for name, network in networks.items():
+        save_network(network, tmp_path / name)
+        again = load_network(tmp_path / name)
+        assert torch.equal(network.eval()(x).logits, again.eval()(x).logits), name
+    # The teacher's classes stand in another order than ours; its classifier comes along in ours.
+    source = teacher.network.backbone.head.weight
+    assert torch.equal(networks["reused"].backbone.head.weight, source[[2, 0, 1]])
+    assert not networks["reused"].backbone.head.weight.requires_grad
+    with pytest.raises(ModelError, match="head of linear, cosine, etf"):
+        build_network("resnet8", class_names=NAMES, head="round", images=_images())

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..outputs import Outputs
 from .assemble import assemble
-
-if TYPE_CHECKING:
-    from .teacher import Teacher
 
 _WEIGHTS, _CARD = "model.safetensors", "network.json"
 
@@ -174,38 +171,6 @@ def build_network(
         arguments["head"] = head
     backbone = assemble(arguments, seed=seed)
     return Network(backbone, class_names=class_names, mean=mean, std=std, image_size=image_size, architecture=arguments)
-
-
-def reuse_classifier(student: Network, teacher: Teacher, *, factor: int = 2, seed: int = 0) -> Network:
-    """A student with a projector and a copy of the teacher's frozen classifier in place of its own head.
-
-    Args:
-        student: one of our networks; its stages are taken over.
-        teacher: its last layer must be a plain linear one.
-        factor: of the projector's bottleneck.
-        seed: of the projector.
-
-    Raises:
-        ModelError: a student that is not one of ours, or a teacher with another head.
-    """
-    source = teacher.network.backbone.get_submodule(teacher.network.head_name)
-    if student.architecture is None or type(source) is not nn.Linear:
-        raise ModelError(
-            "Reusing the teacher's classifier needs a student of krdistill's own and a linear teacher head."
-        )
-    architecture = {**student.architecture, "reuse": {"teacher_dim": source.in_features, "factor": factor}}
-    backbone = assemble(architecture, seed=seed)
-    head = backbone.head
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight.copy_(source.weight[teacher.order])
-        if source.bias is not None and head.bias is not None:
-            head.bias.copy_(source.bias[teacher.order])
-    mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
-    return Network(
-        backbone, class_names=student.class_names, mean=mean, std=std, image_size=student.image_size,
-        architecture=architecture,
-    )  # fmt: skip
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
