@@ -28,6 +28,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/anchors.py --json benchmarks/results/anchors.json
 	$(BIN)/python benchmarks/augment.py --json benchmarks/results/augment.json
+	$(BIN)/python benchmarks/losses.py --json benchmarks/results/losses.json
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'krdistill needs Python 3.10 or later; set PYTHON=python3.11')"
@@ -39,7 +40,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[train,onnx,test]'
+	$(PIP) -e '.[train,onnx,test,examples]'
 	@touch $@
 
 clean:

@@ -1,0 +1,60 @@
+"""The examples run as a stranger runs them, and what they print is better than chance."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+# Example: short settings, and sets of packages of which one of each must be there.
+RUNS: dict[str, tuple[list[str], list[tuple[str, ...]]]] = {
+    "own_loop.py": (["--epochs", "5"], []),
+    "lightning_module.py": (["--epochs", "4"], [("lightning", "pytorch_lightning")]),
+    "hf_trainer.py": (["--steps", "60"], [("transformers",), ("accelerate",)]),
+}
+
+
+def test_every_example_is_run_and_described() -> None:
+    found = {path.name for path in EXAMPLES.glob("*.py")}
+    assert found == set(RUNS)
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+\.py)`", readme)) == found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_example_is_short_and_says_what_it_is_not(name: str) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    header = text.split('"""')[1]
+    assert "not a paper's" in " ".join(header.split()) and f"python examples/{name}" in header
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_example_learns(name: str, tmp_path: Path) -> None:
+    arguments, packages = RUNS[name]
+    for choices in packages:
+        if not any(importlib.util.find_spec(package) for package in choices):
+            pytest.skip(f"{name} needs {' or '.join(choices)}, which is not installed")
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    accuracies = dict(re.findall(r"^(\w+): balanced accuracy ([0-9.]+)$", done.stdout, flags=re.MULTILINE))
+    assert "student" in accuracies, done.stdout
+    # Ten classes: chance is 0.1 whatever the prior, as is the answer "always the commonest class".
+    assert all(0.25 < float(accuracy) <= 1 for accuracy in accuracies.values()), accuracies
+    left = {path.name for path in tmp_path.iterdir()} - {"hf"}
+    assert not left, f"the example left {left} behind"
