@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._checks import check_number
+from .._checks import at_least_float32, check_logits, check_number
 from ..priors import CountsLike, effective_number_weights
 from ..rectify.class_reweighting import reweight_classes
-from .kd import kd_divergence
+from .kd import softened_divergence
 
 
 def bkd_loss(
@@ -32,8 +32,11 @@ def bkd_loss(
 
     Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning", 2021, arXiv 2104.10510.
     """
-    target = reweight_classes(teacher_logits, class_weights, temperature=temperature)
-    return kd_divergence(student_logits, target, temperature=temperature)
+    check_logits("student_logits", student_logits)
+    check_logits("teacher_logits", teacher_logits, rows=student_logits.shape[0], columns=student_logits.shape[1])
+    T = check_number("temperature", temperature, above=0)
+    target = reweight_classes(teacher_logits.detach(), class_weights, temperature=T)
+    return softened_divergence(at_least_float32(student_logits), target, T, owned=True)
 
 
 class BalancedDistillation(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._checks import at_least_float32, check_logits, check_number, check_per_class, like
 from ..rectify.prior_removal import remove_prior
-from .kd import kd_divergence
+from .kd import softened_divergence
 
 
 def cckd_loss(
@@ -41,9 +41,11 @@ def cckd_loss(
     """
     check_logits("student_logits", student_logits)
     check_per_class("student_log_prior", student_log_prior, student_logits.shape[1])
-    shifted = at_least_float32(student_logits)
-    target = remove_prior(teacher_logits, teacher_log_prior)
-    return kd_divergence(shifted + like(student_log_prior, shifted), target, temperature=temperature)
+    check_logits("teacher_logits", teacher_logits, rows=student_logits.shape[0], columns=student_logits.shape[1])
+    T = check_number("temperature", temperature, above=0)
+    student = at_least_float32(student_logits)
+    target = remove_prior(teacher_logits.detach(), teacher_log_prior)
+    return softened_divergence(student, target, T, offset=like(student_log_prior, student), owned=True)
 
 
 class ClassConditionalDistillation(nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._checks import check_number, check_per_class, describe
+from .._checks import at_least_float32, check_logits, check_number, check_per_class, describe
 from ..errors import ArgumentError
 from ..rectify.power_normalisation import power_normalise
 from ..rectify.prior_removal import remove_prior
-from .kd import kd_divergence
+from .kd import softened_divergence
 
 
 def dive_loss(
@@ -33,8 +33,11 @@ def dive_loss(
 
     Source: He, Wu, Wei, "Distilling Virtual Examples for Long-tailed Recognition", ICCV 2021, arXiv 2103.15042.
     """
-    target = power_normalise(teacher_logits, power=power)
-    return kd_divergence(student_logits, target, temperature=temperature)
+    check_logits("student_logits", student_logits)
+    check_logits("teacher_logits", teacher_logits, rows=student_logits.shape[0], columns=student_logits.shape[1])
+    T = check_number("temperature", temperature, above=0)
+    target = power_normalise(teacher_logits.detach(), power=power)
+    return softened_divergence(at_least_float32(student_logits), target, T, owned=True)
 
 
 class VirtualExamples(nn.Module):
@@ -62,6 +65,10 @@ class VirtualExamples(nn.Module):
         self.register_buffer("log_prior", log_prior)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        if self.log_prior is not None:
-            teacher_logits = remove_prior(teacher_logits, self.log_prior)
-        return dive_loss(student_logits, teacher_logits, power=self.power, temperature=self.temperature)
+        if self.log_prior is None:
+            return dive_loss(student_logits, teacher_logits, power=self.power, temperature=self.temperature)
+        check_logits("student_logits", student_logits)
+        check_logits("teacher_logits", teacher_logits, rows=student_logits.shape[0], columns=student_logits.shape[1])
+        # The power of the prediction without its prior: p (z - log pi) = p z - p log pi, one array less.
+        target = remove_prior(power_normalise(teacher_logits.detach(), power=self.power), self.log_prior, self.power)
+        return softened_divergence(at_least_float32(student_logits), target, self.temperature, owned=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from .._checks import at_least_float32, check_labels, check_logits, check_number
+from .._checks import check_labels, check_logits, check_number
 
 
 def target_class_divergence(
@@ -45,7 +48,7 @@ def non_target_class_divergence(
 
     .. math:: \operatorname{KL}(\hat p \,\|\, \hat q), \qquad \hat p_k = p_k / (1 - p_y) \;\; (k \ne y)
 
-    The label's column is taken out, so that no logit, however large, leaks through a mask. With K = 2 one class
+    The label's column is taken out exactly, so that no logit, however large, leaks through a mask. With K = 2 one class
     remains: exactly 0, with zero gradient.
 
     Args, returns, errors and source as in :func:`target_class_divergence`.
@@ -88,25 +91,67 @@ def dkd_loss(
     the training, not to the loss.
     """
     alpha, beta = check_number("alpha", alpha, at_least=0), check_number("beta", beta, at_least=0)
-    target, others = _decoupled(student_logits, teacher_logits, labels, temperature)
-    return (alpha * target + beta * others) * float(temperature) ** 2
+    T = check_number("temperature", temperature, above=0)
+    target, others = _decoupled(student_logits, teacher_logits, labels, T)
+    return (alpha * target + beta * others) * T**2
 
 
 def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     B, K = check_logits("student_logits", student).shape
     check_logits("teacher_logits", teacher, rows=B, columns=K)
-    y = check_labels(labels, B, K).unsqueeze(1)
+    y = check_labels(labels, B, K)
     T = check_number("temperature", temperature, above=0)
-    others = torch.arange(K - 1, device=y.device).unsqueeze(0)
-    others = others + (others >= y)  # (B, K - 1): every class but the label's
-    binary, rest = [], []
-    for logits in (student, teacher.detach()):
-        z = at_least_float32(logits) / T
-        z_others = z.gather(1, others)
-        binary.append(F.log_softmax(torch.cat([z.gather(1, y), z_others.logsumexp(1, keepdim=True)], dim=1), dim=1))
-        rest.append(F.log_softmax(z_others, dim=1))
-    target, other = (F.kl_div(s, t, reduction="none", log_target=True).sum(1) for s, t in (binary, rest))
-    return target, other
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    target, others = _Decoupled.apply(student.to(dtype), teacher.detach().to(dtype), y, T)
+    return target, others
+
+
+class _Decoupled(torch.autograd.Function):
+    """TCKD and NCKD with the gradients written out, so that two predictions are all that is kept.
+
+    With d = q_y - p_y: TCKD's gradient to z_s / T is d on the label and -d q^ on the others, NCKD's is q^ - p^ on the
+    others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        y = labels.unsqueeze(1)
+        log_t, log_ty, log_tn = _split(teacher / temperature, y)
+        log_s, log_sy, log_sn = _split(student / temperature, y)
+        p_y, q_y = log_ty.exp(), log_sy.exp()
+        target = p_y * (log_ty - log_sy) + log_tn.exp() * (log_tn - log_sn)
+        p = log_t.exp()  # 0 on the label
+        ratio = log_t.sub_(log_s).scatter_(1, y, 0.0)  # the label's is -inf less -inf
+        others = ratio.mul_(p).sum(1)
+        ctx.save_for_backward(log_s.exp_(), p, q_y - p_y, y)
+        ctx.temperature = temperature
+        return target.squeeze(1), others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        q, p, difference, y = ctx.saved_tensors
+        to_target, to_others = (grad.unsqueeze(1) / ctx.temperature for grad in grads)
+        pull = to_target * difference
+        grad = (q * (to_others - pull)).addcmul_(p, to_others.expand_as(p), value=-1)
+        return grad.scatter_(1, y, pull), None, None, None
+
+
+def _split(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the other classes among themselves (-inf on the label), of the label, and of the others.
+
+    ``z`` is overwritten and given back first, ``(B, K)``; the other two are ``(B, 1)``.
+    """
+    label = z.gather(1, y)
+    z.scatter_(1, y, -math.inf)
+    z.sub_(top := z.amax(1, keepdim=True))
+    normaliser = z.logsumexp(1, keepdim=True)
+    z.sub_(normaliser)
+    rest = top + normaliser
+    whole = torch.logaddexp(label, rest)
+    return z, label - whole, rest - whole
 
 
 class DKD(nn.Module):

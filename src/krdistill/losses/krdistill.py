@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    at_least_float32,
     check_choice,
     check_finite,
+    check_logits,
     check_matrix,
     check_number,
     check_per_class,
@@ -27,7 +29,7 @@ from ..rectify.anchor_rectification import blend_features, recentre_features
 from ..rectify.error_correction import CORRECTIONS, correct_errors, errors
 from ..rectify.prior_removal import remove_prior
 from .feature_matching import Projector, cosine_distance, squared_distance
-from .kd import kd_divergence
+from .kd import softened_divergence
 
 Correction = Literal["lift", "swap", "none"]
 Rectification = Literal["recentre", "blend", "none"]
@@ -104,7 +106,11 @@ def lrd_loss(
 def _weighted_divergence(
     student_logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float, class_weights: Tensor | None
 ) -> Tensor:
-    loss = kd_divergence(student_logits, target_logits, temperature=temperature)
+    check_logits("student_logits", student_logits)
+    check_logits("teacher_logits", target_logits, rows=len(student_logits), columns=student_logits.shape[1])
+    T = check_number("temperature", temperature, above=0)
+    # The rectified logits are a temporary: removing the prior always makes a new tensor.
+    loss = softened_divergence(at_least_float32(student_logits), target_logits.detach(), T, owned=True)
     if class_weights is None:
         return loss
     _check_class_weights(class_weights, target_logits.shape[1])
@@ -190,7 +196,9 @@ class LogitRectifiedDistillation(nn.Module):
 
     def corrected(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Where the error correction acts, shape ``(B,)``, bool."""
-        return self.rectify(teacher_logits, labels)[1]
+        if self.correction == "none":
+            return torch.zeros(len(labels), dtype=torch.bool, device=teacher_logits.device)
+        return errors(remove_prior(teacher_logits, self.log_prior, self.tau), labels)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         return lrd_loss(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .._checks import at_least_float32, check_labels, check_logits, check_number, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups
+from .kd import softened_divergence
 
 
 class ExpertDistillation(nn.Module):
@@ -89,11 +90,12 @@ class ExpertDistillation(nn.Module):
         weights = self.expert_weights()
         for e in self.experts:
             classes = self.members(e)
-            log_s = F.log_softmax(said[:, classes] / self.temperature, dim=1)
-            log_e = F.log_softmax(told[:, classes] / self.temperature, dim=1)
-            loss = loss + weights[e] * F.kl_div(log_s, log_e, reduction="none", log_target=True).sum(1)
             position = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
-            confidence = F.softmax(told[:, classes], dim=1).gather(1, position.unsqueeze(1)).squeeze(1)
+            expert = told[:, classes]
+            confidence = (expert.gather(1, position.unsqueeze(1)) - expert.logsumexp(1, keepdim=True)).exp().squeeze(1)
+            # The kernel gives T^2 KL; the authors' code has no such factor.
+            divergence = softened_divergence(said[:, classes], expert, self.temperature, owned=True)
+            loss = loss + weights[e] / self.temperature**2 * divergence
             start = torch.where(group == e, confidence, start)
         rise = min(1.0, 2 * progress)
         scale = start + (1 - start) * rise

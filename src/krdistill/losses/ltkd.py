@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .._checks import at_least_float32, check_logits, check_number, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups
+from .kd import softened_divergence
 
 
 def group_log_probabilities(logits: Tensor, groups: ClassGroups | Tensor) -> Tensor:
@@ -200,8 +201,9 @@ def _parts(
         # p times s, renormalised: the mean of the S cancels, so log s is -log S
         target = F.log_softmax(shares - shares.logsumexp(0, keepdim=True), dim=1)
     cross = _kl(_group_log(pieces_s), target)
+    # The teacher's pieces are ours and have been summed up: the kernel may overwrite them.
     inner = torch.stack(
-        [_kl(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1)) for s, t in zip(pieces_s, pieces_t, strict=True)], dim=1
+        [softened_divergence(s, t, 1.0, owned=True) for s, t in zip(pieces_s, pieces_t, strict=True)], dim=1
     )
     return cross, (inner if reweight else shares.exp() * inner).sum(1)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_number, check_per_class, describe, like
+from .._checks import at_least_float32, check_logits, check_number, check_per_class, describe, like
 from ..errors import ArgumentError
 from .cross_entropy import cross_entropy
-from .kd import kd_divergence
+from .kd import softened_divergence
 
 
 class AuxiliaryHead(nn.Module):
@@ -55,5 +55,8 @@ class ScaledTeacherDistillation(nn.Module):
         self.temperature = check_number("temperature", temperature, above=0)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        target = teacher_logits.to(torch.promote_types(teacher_logits.dtype, torch.float32))
-        return kd_divergence(student_logits, target * like(self.scales, target), temperature=self.temperature)
+        check_logits("student_logits", student_logits)
+        check_logits("teacher_logits", teacher_logits, rows=student_logits.shape[0], columns=student_logits.shape[1])
+        told = at_least_float32(teacher_logits.detach())
+        target = told * like(self.scales, told)
+        return softened_divergence(at_least_float32(student_logits), target, self.temperature, owned=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_labels, check_logits
@@ -62,6 +61,7 @@ def correct_errors(logits: Tensor, labels: Tensor, mode: Literal["lift", "swap",
     column = labels.unsqueeze(1)
     true = logits.gather(1, column)
     top, winner = logits.max(1, keepdim=True)
-    corrected = logits.scatter(1, winner, true) if mode == "swap" else logits
-    corrected = corrected.scatter(1, column, top)
-    return torch.where(true < top, corrected, logits)
+    # Where the label is at the top already, its value is the top's, and what is written is what stands there.
+    if mode == "swap":
+        return logits.scatter(1, winner, true).scatter_(1, column, top)
+    return logits.scatter(1, column, top)
