@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import at_least_float32, check_logits, check_number, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups
-from .kd import softened_divergence
 
 
 def group_log_probabilities(logits: Tensor, groups: ClassGroups | Tensor) -> Tensor:
@@ -29,7 +31,9 @@ def group_log_probabilities(logits: Tensor, groups: ClassGroups | Tensor) -> Ten
         ArgumentError: shapes or groups that do not fit.
     """
     K = check_logits("logits", logits).shape[1]
-    return _group_log(_split(at_least_float32(logits), *_partition(groups, K)))
+    order, sizes = _partition(groups, K)
+    pieces = at_least_float32(logits).index_select(1, order.to(logits.device)).split(sizes, dim=1)
+    return _group_log(torch.stack([piece.logsumexp(1) for piece in pieces], dim=1))
 
 
 def cross_group_divergence(
@@ -167,17 +171,8 @@ def _partition(groups: ClassGroups | Tensor, num_classes: int | None) -> tuple[T
     return order, numbers.unique_consecutive(return_counts=True)[1].tolist()
 
 
-def _split(x: Tensor, order: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """The columns of each group, ``(B, size)``."""
-    return x.index_select(1, order.to(x.device)).split(sizes, dim=1)
-
-
-def _group_log(pieces: tuple[Tensor, ...]) -> Tensor:
-    return F.log_softmax(torch.stack([piece.logsumexp(1) for piece in pieces], dim=1), dim=1)
-
-
-def _kl(log_s: Tensor, log_t: Tensor) -> Tensor:
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
+def _group_log(sums: Tensor) -> Tensor:
+    return F.log_softmax(sums, dim=1)
 
 
 def _parts(
@@ -194,18 +189,72 @@ def _parts(
     check_logits("teacher_logits", teacher, rows=B, columns=K)
     T = check_number("temperature", temperature, above=0)
     order, sizes = groups if isinstance(groups, tuple) else _partition(groups, K)
-    pieces_s = _split(at_least_float32(student) / T, order, sizes)
-    pieces_t = _split(at_least_float32(teacher.detach()) / T, order, sizes)
-    target = shares = _group_log(pieces_t)
-    if rebalance:
-        # p times s, renormalised: the mean of the S cancels, so log s is -log S
-        target = F.log_softmax(shares - shares.logsumexp(0, keepdim=True), dim=1)
-    cross = _kl(_group_log(pieces_s), target)
-    # The teacher's pieces are ours and have been summed up: the kernel may overwrite them.
-    inner = torch.stack(
-        [softened_divergence(s, t, 1.0, owned=True) for s, t in zip(pieces_s, pieces_t, strict=True)], dim=1
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    cross, within = _GroupDivergences.apply(
+        student.to(dtype), teacher.detach().to(dtype), order.to(student.device), sizes, T, rebalance, reweight
     )
-    return cross, (inner if reweight else shares.exp() * inner).sum(1)
+    return cross, within
+
+
+class _GroupDivergences(torch.autograd.Function):
+    """Both divergences with the gradient written out, so that two predictions are all that is kept.
+
+    To z_s / T, in group G: the cross-group part's gradient is (q_G - p^_G) q~, the within-group part's w_G (q~ - p~).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        order: Tensor,
+        sizes: list[int],
+        temperature: float,
+        rebalance: bool,
+        reweight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        log_t, sums_t = _within(teacher, order, sizes, temperature)
+        log_s, sums_s = _within(student, order, sizes, temperature)
+        shares, log_q = _group_log(sums_t), _group_log(sums_s)
+        target = shares
+        if rebalance:
+            # p times s, renormalised: the mean of the S cancels, so log s is -log S
+            target = F.log_softmax(shares - shares.logsumexp(0, keepdim=True), dim=1)
+        weights = torch.ones_like(shares) if reweight else shares.exp()
+        cross = F.kl_div(log_q, target, reduction="none", log_target=True).sum(1)
+        p = log_t.exp()
+        ratio = log_t.sub_(log_s).mul_(p)
+        inner = torch.stack([piece.sum(1) for piece in ratio.split(sizes, dim=1)], dim=1)
+        ctx.save_for_backward(log_s.exp_(), p, weights, log_q.exp() - target.exp(), order)
+        ctx.sizes, ctx.temperature = sizes, temperature
+        return cross, (weights * inner).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        q, p, weights, difference, order = ctx.saved_tensors
+        to_cross, to_within = (grad.unsqueeze(1) / ctx.temperature for grad in grads)
+        pull = weights * to_within
+        out = torch.empty_like(q)
+        pieces = (x.split(ctx.sizes, dim=1) for x in (q, p, order.unsqueeze(0)))
+        for g, (q_g, p_g, columns) in enumerate(zip(*pieces, strict=True)):
+            mine = pull[:, g : g + 1]
+            grad = q_g * (mine + to_cross * difference[:, g : g + 1])
+            out.index_copy_(1, columns.squeeze(0), grad.addcmul_(p_g, mine.expand_as(p_g), value=-1))
+        return out, None, None, None, None, None, None
+
+
+def _within(logits: Tensor, order: Tensor, sizes: list[int], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities inside each group, ``(B, K)`` in the order of the groups, and their log-sums ``(B, G)``."""
+    z = logits.index_select(1, order).div_(temperature)
+    sums = []
+    for piece in z.split(sizes, dim=1):
+        top = piece.amax(1, keepdim=True)
+        piece.sub_(top)
+        normaliser = piece.logsumexp(1, keepdim=True)
+        piece.sub_(normaliser)
+        sums.append(top + normaliser)
+    return z, torch.cat(sums, dim=1)
 
 
 class LTKD(nn.Module):
