@@ -83,23 +83,28 @@ class ExpertDistillation(nn.Module):
         if not isinstance(progress, float | int):
             raise ArgumentError(f"progress: expected a number in [0, 1], but got {describe(progress)}.")
         group = self.index[labels]
-        start = torch.ones_like(said[:, 0])
-        loss = torch.zeros_like(start)
         if self.training:
             self._update(said.detach(), told, labels, group)
-        weights = self.expert_weights()
+        start = self._confidence(told, labels, group)
+        scale = start + (1 - start) * min(1.0, 2 * progress)
+        loss = F.cross_entropy(said * scale.unsqueeze(1), labels, reduction="none")
+        weights = self.expert_weights() * (self.alpha / self.temperature**2)  # the kernel gives T^2 KL
         for e in self.experts:
             classes = self.members(e)
-            position = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
+            pulled = softened_divergence(said[:, classes], told[:, classes], self.temperature, owned=True)
+            loss = loss + weights[e] * pulled
+        return loss
+
+    def _confidence(self, told: Tensor, labels: Tensor, group: Tensor) -> Tensor:
+        """How sure of its label each image's own expert is, ``(B,)``; 1 where there is none."""
+        start = torch.ones_like(told[:, 0])
+        for e in self.experts:
+            classes = self.members(e)
             expert = told[:, classes]
-            confidence = (expert.gather(1, position.unsqueeze(1)) - expert.logsumexp(1, keepdim=True)).exp().squeeze(1)
-            # The kernel gives T^2 KL; the authors' code has no such factor.
-            divergence = softened_divergence(said[:, classes], expert, self.temperature, owned=True)
-            loss = loss + weights[e] / self.temperature**2 * divergence
+            position = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1).unsqueeze(1)
+            confidence = (expert.gather(1, position) - expert.logsumexp(1, keepdim=True)).exp().squeeze(1)
             start = torch.where(group == e, confidence, start)
-        rise = min(1.0, 2 * progress)
-        scale = start + (1 - start) * rise
-        return F.cross_entropy(said * scale.unsqueeze(1), labels, reduction="none") + self.alpha * loss
+        return start
 
     @torch.no_grad()
     def _update(self, said: Tensor, told: Tensor, labels: Tensor, group: Tensor) -> None:

@@ -225,23 +225,29 @@ class _GroupDivergences(torch.autograd.Function):
         p = log_t.exp()
         ratio = log_t.sub_(log_s).mul_(p)
         inner = torch.stack([piece.sum(1) for piece in ratio.split(sizes, dim=1)], dim=1)
-        ctx.save_for_backward(log_s.exp_(), p, weights, log_q.exp() - target.exp(), order)
-        ctx.sizes, ctx.temperature = sizes, temperature
-        return cross, (weights * inner).sum(1)
+        within = (weights * inner).sum(1)
+        del log_t, ratio
+        # Back in the order of the classes, so that the backward pass writes its result in place.
+        back = order.argsort()
+        q = log_s.exp_().index_select(1, back)
+        del log_s
+        p = p.index_select(1, back)
+        number = torch.arange(len(sizes), device=order.device).repeat_interleave(
+            torch.tensor(sizes, device=order.device)
+        )
+        ctx.save_for_backward(q, p, weights, log_q.exp() - target.exp(), number[back])
+        ctx.temperature, ctx.same = temperature, reweight
+        return cross, within
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        q, p, weights, difference, order = ctx.saved_tensors
+        q, p, weights, difference, group = ctx.saved_tensors
         to_cross, to_within = (grad.unsqueeze(1) / ctx.temperature for grad in grads)
         pull = weights * to_within
-        out = torch.empty_like(q)
-        pieces = (x.split(ctx.sizes, dim=1) for x in (q, p, order.unsqueeze(0)))
-        for g, (q_g, p_g, columns) in enumerate(zip(*pieces, strict=True)):
-            mine = pull[:, g : g + 1]
-            grad = q_g * (mine + to_cross * difference[:, g : g + 1])
-            out.index_copy_(1, columns.squeeze(0), grad.addcmul_(p_g, mine.expand_as(p_g), value=-1))
-        return out, None, None, None, None, None, None
+        grad = (pull + to_cross * difference).index_select(1, group).mul_(q)
+        share = to_within.expand_as(p) if ctx.same else pull.index_select(1, group)
+        return grad.addcmul_(p, share, value=-1), None, None, None, None, None, None
 
 
 def _within(logits: Tensor, order: Tensor, sizes: list[int], temperature: float) -> tuple[Tensor, Tensor]:
