@@ -50,6 +50,7 @@ from krdistill.outputs import Outputs, Step
 from krdistill.priors import ClassPrior
 from krdistill.recipes import Recipe, list_recipes, recipe
 from krdistill.runfolder import environment
+from krdistill.training.task import place
 
 BATCH, CLASSES, DIM = 64, 100, 256
 MAPS = ((64, 32), (128, 16), (256, 8))
@@ -81,6 +82,11 @@ def context(K: int, per_class: int) -> ObjectiveContext:
     )  # fmt: skip
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """As the training has its maps."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def step_of(B: int, K: int, rows: int, *, maps: bool) -> Step:
     """Random outputs of both networks; the student's take gradients."""
     g = torch.Generator().manual_seed(2)
@@ -90,7 +96,9 @@ def step_of(B: int, K: int, rows: int, *, maps: bool) -> Step:
             return torch.randn(*shape, generator=g).requires_grad_(grad)
 
         sizes = MAPS if maps else ()
-        return Outputs(3 * noise(B, K).detach(), noise(B, DIM), tuple(noise(B, c, s, s).relu() for c, s in sizes))
+        return Outputs(
+            3 * noise(B, K).detach(), noise(B, DIM), tuple(channels_last(noise(B, c, s, s).relu()) for c, s in sizes)
+        )
 
     said, told = outputs(True), outputs(False)
     said.logits.requires_grad_()
@@ -152,6 +160,8 @@ def measure_time(recipes: list[Recipe], rounds: int) -> dict[str, Any]:
     assert about.labels is not None
     step = step_of(BATCH, CLASSES, len(about.labels), maps=True)
     objectives = {entry.name: entry.build(entry.resolve({}), about) for entry in recipes}
+    for objective in objectives.values():
+        place(objective, torch.device("cpu"))
     base = reference()
     base()
     for objective in objectives.values():
