@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ def test_many_classes(entry: Recipe) -> None:
     options = {**LIGHT.get(entry.name, {}), **({"rectify": "none"} if "rectify" in entry.defaults else {})}
     objective = entry.build(entry.resolve(options), _context(K, [1] * (K - 10) + [1000] * 10))
     out = objective(_step(entry, B=4, K=K))
+    assert torch.isfinite(out.total()).all()
+
+
+@pytest.mark.parametrize("entry", RECIPES, ids=_ids)
+def test_empty_groups(entry: Recipe) -> None:
+    context = _context(5)
+    empty = replace(context, groups=context.prior.groups((10**6, 10**5)))
+    assert list(empty.groups.sizes().values()) == [0, 0, 5]
+    options = {**LIGHT.get(entry.name, {}), **({"group_weights": True} if entry.name == "krdistill" else {})}
+    out = entry.build(entry.resolve(options), empty)(_step(entry))
     assert torch.isfinite(out.total()).all()
 
 

@@ -16,4 +16,7 @@ def test_committed_results_are_what_the_readme_shows() -> None:
     spec.loader.exec_module(module)
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert module.updated(readme, module.section(result)) == readme
+    demo = json.loads((root / "benchmarks" / "results" / "demo-seed0.json").read_text(encoding="utf-8"))
+    seconds = sum(demo["provenance"]["seconds"].values())
+    assert f"export took {seconds:.0f} s on two cores" in " ".join(readme.split())
     assert not (result["provenance"]["git"] or "-dirty").endswith("-dirty"), "measure from a committed state"
