@@ -9,7 +9,7 @@ from .base import COUNTS, FEATURES, Recipe, Source
 from .distill import DistillOptions, build
 
 _SOURCE = Source("Learn from Balance: Rectifying Knowledge Transfer for Long-Tailed Scenarios", 2024, "2409.07694")
-_FROM = "our formulation; weights from a first small measurement of one seed"
+_FROM = "our formulation; a first choice, not yet from a study"
 _LRD = {"classification": "balanced-softmax", "prior": "label", "correction": "lift"}
 _RRD = {"classification": "balanced-softmax", "feature_weight": 5.0, "rectify": "blend"}
 
