@@ -24,6 +24,7 @@ FLOORS = [
     {"runfolder", "stages"},
     {"pipeline", "distiller"},
     {"console"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
