@@ -9,9 +9,13 @@ and SGD, and resnet32x4 forward. Medians over the rounds, of each loss's best ti
 to its student and is not in it.
 
 Memory: the most that is alive at once beyond the inputs, by the profiler's record of every allocation on the CPU, at
-8,142 classes and 256 images, in copies of the student's logits in float32. ``forward`` is what a loss holds for its
-gradient and what it needs on the way; ``total`` is with the backward pass, the gradient of the logits included. Only
-terms on logits are measured (and heads that make logits of their own): the others do not grow with the classes.
+8,142 classes and 256 images, in copies of the student's logits in float32 (8.3 MB). ``forward`` is what the terms on
+logits (and on heads that make logits of their own) hold for their gradient and what they need on the way; ``total`` is
+with the backward pass, the gradient of the logits included. ``step`` is the same of the whole objective, its feature,
+map and memory terms and the gradients of all their inputs and weights included, and ``held`` is what the objective
+keeps between the steps (memory banks of 100,000 images, anchors, projectors), where it says so as estimated before
+any of it is taken. ReviewKD's and SimKD's terms take maps of 64 x 32 x 32 numbers and deeper, whatever the classes:
+the gradient of the widest map alone is as large as 8 copies of the logits.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from krdistill.data.long_tail import long_tail_counts
+from krdistill.losses import ContrastiveRepresentationDistillation
 from krdistill.models.network import build_network
 from krdistill.objective import (
     Objective,
@@ -54,17 +60,19 @@ from krdistill.training.task import place
 
 BATCH, CLASSES, DIM = 64, 100, 256
 MAPS = ((64, 32), (128, 16), (256, 8))
-MANY_BATCH, MANY_CLASSES = 256, 8142
+MANY_BATCH, MANY_CLASSES, MANY_IMAGES = 256, 8142, 100_000
+MIB = 1 << 20
 STUDENT, TEACHER = "resnet8x4", "resnet32x4"
 ON_LOGITS = (on_labels, on_labels_and_progress, on_logits, on_logits_and_progress, on_student_feature)
 # What takes long to build, or large memories of its own, and has no part in the memory of the terms on logits.
 LIGHT: dict[str, Any] = {"rectify": "none", "negatives": 1, "embed_dim": 1, "scale_epochs": 1}
+QUICK: dict[str, Any] = {"scale_epochs": 1}  # takes long to train, and its number changes no size
 
 
-def context(K: int, per_class: int) -> ObjectiveContext:
-    """Long-tailed counts, and a random teacher profile with so many images of every class."""
+def context(K: int, images: int) -> ObjectiveContext:
+    """Long-tailed counts, and a random teacher profile with so many images, the classes in turn."""
     g = torch.Generator().manual_seed(1)
-    labels = torch.arange(per_class * K) % K
+    labels = torch.arange(images) % K
     features = torch.randn(len(labels), DIM, generator=g)
     prior = ClassPrior.from_counts(long_tail_counts(K, 500, 100))
     teacher = TeacherProfile(
@@ -156,7 +164,7 @@ def seconds(job: Callable[[], Any]) -> float:
 
 def measure_time(recipes: list[Recipe], rounds: int) -> dict[str, Any]:
     """Per recipe: milliseconds and the share of the reference step."""
-    about = context(CLASSES, per_class=100)
+    about = context(CLASSES, 100 * CLASSES)
     assert about.labels is not None
     step = step_of(BATCH, CLASSES, len(about.labels), maps=True)
     objectives = {entry.name: entry.build(entry.resolve({}), about) for entry in recipes}
@@ -247,7 +255,7 @@ def check_peak(B: int, K: int) -> dict[str, float]:
 
 def measure_memory(recipes: list[Recipe], B: int, K: int) -> dict[str, Any]:
     """Per recipe: copies of the logits that its terms on logits need; None where it has none."""
-    about = context(K, per_class=1)
+    about = context(K, K)
     assert about.labels is not None
     step = step_of(B, K, len(about.labels), maps=False)
     result: dict[str, Any] = {}
@@ -269,6 +277,35 @@ def measure_memory(recipes: list[Recipe], B: int, K: int) -> dict[str, Any]:
     return result
 
 
+def measure_step(recipes: list[Recipe], B: int, K: int, N: int) -> dict[str, Any]:
+    """Per recipe: what the whole objective holds between the steps, and what a step takes beyond that."""
+    about = replace(context(K, K), labels=torch.arange(N) % K)
+    step = step_of(B, K, N, maps=True)
+    result: dict[str, Any] = {}
+    for entry in recipes:
+        quick = {name: value for name, value in QUICK.items() if name in entry.options.model_fields}
+        objective = entry.build(entry.resolve(quick), about)
+        place(objective, torch.device("cpu"))
+        backward(objective, step)  # the first step may do more than the others
+        clear(objective, step)
+        held = sum(x.numel() * x.element_size() for x in (*objective.parameters(), *objective.buffers()))
+        taken = peak_bytes(partial(backward, objective, step))
+        clear(objective, step)
+        crd = [m for m in objective.modules() if isinstance(m, ContrastiveRepresentationDistillation)]
+        estimates = [[m.estimate_bytes(N, m.embed_dim, rows, m.negatives) for rows in (0, B)] for m in crd]
+        result[entry.name] = {
+            "terms": [term.name for term in objective.terms],
+            "held_copies": held / (4 * B * K),
+            "held_mib": held / MIB,
+            "held_estimate_mib": sum(before for before, _ in estimates) / MIB if crd else None,
+            "step_copies": taken / (4 * B * K),
+            "step_mib": taken / MIB,
+            "step_estimate_mib": sum(most - before for before, most in estimates) / MIB if crd else None,
+        }
+        del objective, crd
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the measurements here")
@@ -285,13 +322,18 @@ def main() -> None:
 
     checked = check_peak(B, K)
     memory = measure_memory(recipes, B, K)
+    whole = measure_step(recipes, B, K, MANY_IMAGES)
     timed = measure_time(recipes, rounds)
-    print(f"reference step {timed['reference_ms']:.0f} ms   |   copies of ({B}, {K}) logits")
-    print(f"{'recipe':<16}{'ms':>9}{'share':>9}{'forward':>11}{'total':>9}  terms on logits")
+    print(f"reference step {timed['reference_ms']:.0f} ms   |   copies of ({B}, {K}) logits   |   MiB")
+    print(
+        f"{'recipe':<16}{'ms':>9}{'share':>9}{'forward':>11}{'total':>9}{'step':>9}{'held':>9}{'step':>11}{'held':>9}"
+        "  terms (on logits)"
+    )
     for entry in recipes:
-        row, need = timed["recipes"][entry.name], memory[entry.name]
+        row, need, all_ = timed["recipes"][entry.name], memory[entry.name], whole[entry.name]
         copies = f"{need['forward_copies']:11.2f}{need['total_copies']:9.2f}" if need else f"{'n/a':>11}{'n/a':>9}"
-        which = ", ".join(need["terms"]) if need else ""
+        copies += f"{all_['step_copies']:9.2f}{all_['held_copies']:9.2f}{all_['step_mib']:11.1f}{all_['held_mib']:9.1f}"
+        which = ", ".join(f"({name})" if need and name in need["terms"] else name for name in all_["terms"])
         print(f"{entry.name:<16}{row['ms']:9.2f}{row['share_of_step']:9.1%}{copies}  {which}")
     if options.json:
         content = {
@@ -300,7 +342,10 @@ def main() -> None:
                 "batch": BATCH, "classes": CLASSES, "feature": DIM, "maps": [list(m) for m in MAPS], "rounds": rounds,
                 "student": STUDENT, "teacher": TEACHER, **timed,
             },
-            "memory": {"batch": B, "classes": K, "known_cases": checked, "recipes": memory},
+            "memory": {
+                "batch": B, "classes": K, "known_cases": checked, "recipes": memory,
+                "images": MANY_IMAGES, "maps": [list(m) for m in MAPS], "feature": DIM, "whole_objectives": whole,
+            },
         }  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

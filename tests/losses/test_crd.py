@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from krdistill.errors import ArgumentError, DataError
+from krdistill.losses import crd as crd_module
 from krdistill.losses.crd import ContrastiveRepresentationDistillation, nce_loss
 
 N, D_S, D_T = 30, 5, 7
@@ -50,9 +51,13 @@ def test_nce_by_hand() -> None:
     assert bool(torch.isfinite(loss).all()) and huge.grad is not None and bool(torch.isfinite(huge.grad).all())
 
 
-@pytest.mark.parametrize("B", [4, 1])
-def test_three_steps_follow_the_paper(B: int) -> None:
-    """Scores, Z, loss and memory, from the definitions, with the module's own draws of negatives."""
+@pytest.mark.parametrize(("B", "piece"), [(4, 1 << 20), (1, 1 << 20), (4, 1), (5, 2 * (N * 8 + 12 * 64))])
+def test_three_steps_follow_the_paper(B: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, Z, loss and memory, from the definitions, with the module's own draws of negatives.
+
+    The batch at once, a row at a time, and two rows at a time.
+    """
+    monkeypatch.setattr(crd_module, "_PIECE", piece)
     crd = _module(temperature=0.3, momentum=0.6)
     tau, rho, m = 0.3, 0.6, 11
     banks = {k: getattr(crd, f"{k}_memory").double().numpy().copy() for k in ("student", "teacher")}
@@ -153,6 +158,59 @@ def test_gradients() -> None:
     assert crd.embed_student.weight.grad is not None and crd.embed_teacher.weight.grad is not None
     crd.eval()
     assert torch.autograd.gradcheck(lambda x: crd(x, f_t, labels, index), f_s)
+
+
+def test_gradients_are_those_of_the_nce_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By autograd through the scores against bank rows that are gathered one by one; a row and two at a time."""
+    for piece in (1, 2 * (N * 8 + 12 * 64), 1 << 20):
+        monkeypatch.setattr(crd_module, "_PIECE", piece)
+        found = []
+        for own in (True, False):
+            crd = _module(temperature=0.3).double()
+            f_s, f_t, labels, index = _batch(5)
+            f_s, f_t = f_s.double().requires_grad_(), f_t.double()
+            if own:
+                loss = crd(f_s, f_t, labels, index)
+            else:
+                chosen = torch.cat([index[:, None], crd.draw_negatives(labels, index)], dim=1)
+                loss = f_s.new_zeros(5)
+                for embed, f, bank in (
+                    (crd.embed_student, f_s, crd.teacher_memory),
+                    (crd.embed_teacher, f_t, crd.student_memory),
+                ):
+                    e = torch.nn.functional.normalize(embed(f), dim=1)
+                    scores = torch.einsum("bd,bmd->bm", e, bank[chosen]) / 0.3
+                    log_z = (scores.detach().exp().mean() * N).log()
+                    loss = loss + nce_loss(scores - log_z, N)
+            (loss * torch.arange(1.0, 6, dtype=torch.float64)).sum().backward()
+            found.append([loss.detach(), f_s.grad, *(p.grad for p in crd.parameters())])
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_takes_no_more_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor made in forward, and what backward keeps: the banks and the batch's scores are far larger."""
+    monkeypatch.setattr(crd_module, "_PIECE", 1 << 20)
+    many, B, m, d = 20_000, 128, 2000, 32
+    labels = torch.arange(many) % 10
+    crd = ContrastiveRepresentationDistillation(D_S, D_T, many, labels, embed_dim=d, negatives=m)
+    index = torch.arange(B)
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record,
+    ):
+        crd(_randn(B, D_S).requires_grad_(), _randn(B, D_T), labels[index], index).sum()
+    assert sum(x.nbytes for x in {id(x): x for x in kept}.values()) < B * d * 64
+    largest = max(event.cpu_memory_usage for event in record.events())
+    assert 0 < largest <= 1 << 20
+    more = [crd.estimate_bytes(many, d, rows, m) - crd.estimate_bytes(many, d, 0, m) for rows in (B, 100 * B)]
+    assert more[1] - more[0] == 99 * B * d * 32
 
 
 def test_training_backward_uses_the_banks_of_forward() -> None:
@@ -308,6 +366,7 @@ def test_bad_batches_are_refused() -> None:
         (f_s, f_t, labels, index + N),
         (f_s, f_t, labels, index - N),
         (f_s, f_t, labels, None),
+        (f_s[:0], f_t[:0], labels[:0], index[:0]),
     ):
         with pytest.raises(ArgumentError, match=r"expected .*but got"):
             crd(*bad)

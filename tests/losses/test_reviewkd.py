@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from krdistill.errors import ArgumentError
+from krdistill.losses import reviewkd
 from krdistill.losses.reviewkd import ReviewKD, hierarchical_context_loss
 
 
@@ -40,7 +41,15 @@ def _pooled(x: np.ndarray, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("size", "levels"),
-    [((8, 8), [4, 2, 1]), ((5, 7), [4, 2, 1]), ((4, 4), [2, 1]), ((3, 9), [2, 1]), ((2, 2), [1]), ((1, 1), [])],
+    [
+        ((8, 8), [4, 2, 1]),
+        ((5, 7), [4, 2, 1]),
+        ((6, 8), [4, 2, 1]),
+        ((4, 4), [2, 1]),
+        ((3, 9), [2, 1]),
+        ((2, 2), [1]),
+        ((1, 1), []),
+    ],
 )
 def test_context_loss_follows_the_formula(size: tuple[int, int], levels: list[int]) -> None:
     s, t = _randn(3, 2, *size), _randn(3, 2, *size, seed=1)
@@ -93,6 +102,30 @@ def test_the_network_follows_the_description() -> None:
     answer = F.conv2d(fused, shallow.leave.weight, padding=1) / math.sqrt(1 + 1e-5)
     expected = expected + hierarchical_context_loss(answer, t[0])
     torch.testing.assert_close(review(s, t), expected)
+
+
+@pytest.mark.parametrize("cache", [1, 2 * 8 * 3 * 8 * 8, 1 << 30])  # one image at a time, two of five, all
+@pytest.mark.parametrize("size", [4, 3, 16])
+def test_joined_maps_and_their_gradients(cache: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a 1x1 convolution of the two maps, stacked, at full size, by autograd."""
+    monkeypatch.setattr(reviewkd, "_CACHE", cache)
+    x, deeper = _maps(5, [(3, 8), (3, size)], seed=0, dtype=torch.float64)
+    inputs = [x, deeper, _randn(2, 6, 1, 1, seed=3), _randn(2, seed=4)]
+    slope = _randn(5, 3, 8, 8, seed=5)
+    found = []
+    for piecewise in (True, False):
+        leaves = [y.clone().to(memory_format=torch.channels_last) if y.ndim == 4 else y.clone() for y in inputs]
+        x, deeper, weight, bias = (y.requires_grad_() for y in leaves)
+        if piecewise:
+            joined = reviewkd._Join.apply(x, deeper, weight, bias)
+        else:
+            up = F.interpolate(deeper, size=(8, 8), mode="nearest")
+            share = torch.sigmoid(F.conv2d(torch.cat([x, up], 1), weight, bias))
+            joined = share[:, :1] * x + share[:, 1:] * up
+        joined.backward(slope)
+        found.append([joined.detach(), *(y.grad for y in leaves)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import at_least_float32, check_logits, check_number, check_per_class, like
+from .._checks import check_logits, check_number, check_per_class
 from ..priors import ClassPrior, CountsLike
-from .cross_entropy import cross_entropy
+from .cross_entropy import shifted_cross_entropy
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -31,8 +31,7 @@ def balanced_softmax(logits: Tensor, labels: Tensor, log_prior: Tensor, *, label
     """
     check_logits("logits", logits)
     check_per_class("log_prior", log_prior, logits.shape[1], expected="a finite log prior (no class without images)")
-    z = at_least_float32(logits)
-    return cross_entropy(z + like(log_prior, z), labels, label_smoothing=label_smoothing)
+    return shifted_cross_entropy(logits, labels, log_prior, label_smoothing)
 
 
 class BalancedSoftmax(nn.Module):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import (
@@ -22,6 +25,7 @@ from ..rectify.anchor_rectification import unit_rows
 from ..rng import generator, uniform
 
 _GIB = 1 << 30
+_PIECE = 32 << 20  # bytes that are worked on at once
 
 
 def nce_loss(scores: Tensor, num_samples: int) -> Tensor:
@@ -66,6 +70,9 @@ class ContrastiveRepresentationDistillation(nn.Module):
     The supervised form: negatives are images of *other classes*, each equally likely, drawn with replacement, so m may
     exceed their number. Each draw depends on the seed, the number of training batches so far and the image, and on
     nothing else: neither on the batch around it nor on the device.
+
+    A batch is worked on some rows at a time, in at most about 32 MiB (or one row, where that is more), and leaves for
+    backward no more than the gradient by the embeddings, which is known in forward.
 
     Embeddings and banks are drawn from ``seed``; the global generator is not used.
 
@@ -157,14 +164,14 @@ class ContrastiveRepresentationDistillation(nn.Module):
             negatives: m.
 
         Returns:
-            Bytes: two banks in float32 and two indices of the images; in a training step also a copy of each bank for
-            backward, the scores of the batch against one bank, and the picked scores with their temporaries.
+            Bytes: two banks in float32 and two indices of the images; in a training step also the embeddings of the
+            batch with their gradients, and for the rows that are worked on at once the scores against the banks, the
+            drawn negatives and the picked scores with their temporaries.
         """
         N, d = check_integer("num_samples", num_samples, at_least=1), check_integer("embed_dim", embed_dim, at_least=1)
         B, m = check_integer("batch_size", batch_size, at_least=0), check_integer("negatives", negatives, at_least=1)
-        banks = 2 * N * d * 4
-        held = banks + 2 * N * 8
-        return held + (banks + B * N * 4 + B * (m + 1) * 64 if B else 0)
+        held = 2 * N * d * 4 + 2 * N * 8
+        return held + B * d * 32 + _rows_at_once(N, m, B) * _row_bytes(N, m)
 
     def _refuse_memory(self, batch_size: int) -> None:
         needed = self.estimate_bytes(self.num_samples, self.embed_dim, batch_size, self.negatives)
@@ -207,10 +214,12 @@ class ContrastiveRepresentationDistillation(nn.Module):
             and never enter the banks.
 
         Raises:
-            ArgumentError: shapes, labels or indices that do not fit, or more memory than ``max_bytes``.
+            ArgumentError: shapes, labels or indices that do not fit, no rows, or more memory than ``max_bytes``.
         """
         check_matrix("student_features", student_features, "(B, D_s)", columns=self.embed_student.in_features)
         B = student_features.shape[0]
+        if not B:
+            raise ArgumentError("student_features: expected at least one row, but got none. Leave empty batches out.")
         check_matrix("teacher_features", teacher_features, "(B, D_t)", rows=B, columns=self.embed_teacher.in_features)
         labels = check_labels(labels, B, len(self.sizes))
         index = self._check_index(index, labels)
@@ -218,14 +227,11 @@ class ContrastiveRepresentationDistillation(nn.Module):
         weight = self.embed_student.weight.dtype
         e_s = unit_rows(at_least_float32(self.embed_student(student_features.to(weight))))
         e_t = unit_rows(at_least_float32(self.embed_teacher(teacher_features.detach().to(weight))))
-        chosen = torch.cat([index.unsqueeze(1), self.draw_negatives(labels, index)], dim=1)
         with torch.autocast(e_s.device.type, enabled=False):
-            scores = [
-                self._scores(e_s, self.teacher_memory, chosen),
-                self._scores(e_t, self.student_memory, chosen),
-            ]
-            log_z = self._normaliser(scores)
-            loss = sum(nce_loss(s - z, self.num_samples) for s, z in zip(scores, log_z, strict=True))
+            losses, slopes, log_z = self._contrast(e_s.detach(), e_t.detach(), labels, index)
+            loss = sum(
+                _WithSlope.apply(e, value, slope) for e, value, slope in zip((e_s, e_t), losses, slopes, strict=True)
+            )
             if self.training:
                 self._follow(e_s.detach(), e_t.detach(), index, log_z)
         assert isinstance(loss, Tensor)
@@ -258,16 +264,35 @@ class ContrastiveRepresentationDistillation(nn.Module):
                 )
         return index.long()
 
-    def _scores(self, embedding: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
-        # backward needs the bank as it is now, and _follow is about to write into it
-        bank = memory.to(embedding.dtype, copy=self.training)
-        return (embedding @ bank.T).gather(1, chosen) / self.temperature
+    def _pieces(self, e_s: Tensor, e_t: Tensor, labels: Tensor, index: Tensor) -> Iterator[_Piece]:
+        """Both sides' scores, some rows of the batch at a time."""
+        step = _rows_at_once(self.num_samples, self.negatives, len(index))
+        banks = [memory.to(e_s.dtype) for memory in (self.teacher_memory, self.student_memory)]
+        for rows in (slice(start, start + step) for start in range(0, len(index), step)):
+            chosen = torch.cat([index[rows].unsqueeze(1), self.draw_negatives(labels[rows], index[rows])], dim=1)
+            for side, (embedding, bank) in enumerate(zip((e_s, e_t), banks, strict=True)):
+                whole = embedding[rows] @ bank.T
+                yield _Piece(side, rows, chosen, whole.gather(1, chosen).div_(self.temperature), whole, bank)
 
-    def _normaliser(self, scores: list[Tensor]) -> Tensor:
-        """log Z of both sides ``(2,)``: as set, else such that the batch's mean of e^s is 1 / N."""
-        flat = torch.stack([s.detach().flatten() for s in scores])
-        first = flat.logsumexp(1) - math.log(flat.shape[1] / self.num_samples)
-        return torch.where(self.log_z.isnan(), first, self.log_z.to(first.dtype))
+    def _contrast(self, e_s: Tensor, e_t: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Both sides' losses ``(2, B)``, their gradients by the embeddings, and both log Z as they should be now."""
+        log_z = self.log_z.to(e_s.dtype)
+        if bool(log_z.isnan().any()):  # such that the batch's mean of e^s is 1 / N
+            sums = e_s.new_empty(2, len(index))
+            for piece in self._pieces(e_s, e_t, labels, index):
+                sums[piece.side, piece.rows] = piece.scores.logsumexp(1)
+            first = sums.logsumexp(1) - math.log(len(index) * (self.negatives + 1) / self.num_samples)
+            log_z = torch.where(log_z.isnan(), first, log_z)
+        losses, slopes = e_s.new_empty(2, len(index)), [torch.empty_like(e_s), torch.empty_like(e_t)]
+        for side, rows, chosen, scores, whole, bank in self._pieces(e_s, e_t, labels, index):
+            losses[side, rows] = nce_loss(scores.sub_(log_z[side]), self.num_samples)
+            # h of the negatives, and h - 1 of the true pair: written as -h(-odds), it keeps its digits near 0
+            odds = scores.sub_(math.log(self.negatives / self.num_samples))
+            odds[:, 0].neg_()
+            weights = odds.sigmoid_().div_(self.temperature)
+            weights[:, 0].neg_()
+            torch.mm(whole.zero_().scatter_add_(1, chosen, weights), bank, out=slopes[side][rows])
+        return losses, slopes, log_z
 
     @torch.no_grad()
     def _follow(self, e_s: Tensor, e_t: Tensor, index: Tensor, log_z: Tensor) -> None:
@@ -288,6 +313,41 @@ class ContrastiveRepresentationDistillation(nn.Module):
             f"num_samples={self.num_samples}, embed_dim={self.embed_dim}, negatives={self.negatives}, "
             f"temperature={self.temperature}, momentum={self.momentum}"
         )
+
+
+class _Piece(NamedTuple):
+    """One side's scores of some rows: those of the chosen images, and those of the whole bank as working space."""
+
+    side: int
+    rows: slice
+    chosen: Tensor
+    scores: Tensor
+    whole: Tensor
+    bank: Tensor
+
+
+class _WithSlope(torch.autograd.Function):
+    """Values ``(B,)`` of a function of rows ``(B, d)`` whose gradient by each row is known."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad.unsqueeze(1), None, None
+
+
+def _row_bytes(num_samples: int, negatives: int) -> int:
+    """What one row of a batch takes: two sides' scores, and its negatives while they are drawn."""
+    return num_samples * 8 + (negatives + 1) * 64
+
+
+def _rows_at_once(num_samples: int, negatives: int, batch_size: int) -> int:
+    return min(batch_size, max(1, _PIECE // _row_bytes(num_samples, negatives)))
 
 
 def _linear(inside: int, outside: int, draw: torch.Generator) -> nn.Linear:

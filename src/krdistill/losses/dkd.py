@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .._checks import check_labels, check_logits, check_number
+from ._rows import by_rows
 
 
 def target_class_divergence(
@@ -38,7 +37,7 @@ def target_class_divergence(
 
     Source: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679.
     """
-    return _decoupled(student_logits, teacher_logits, labels, temperature)[0]
+    return _decoupled(student_logits, teacher_logits, labels, temperature, 1.0, 0.0)
 
 
 def non_target_class_divergence(
@@ -55,7 +54,7 @@ def non_target_class_divergence(
 
     Deviation: the paper's code puts -1000 on the label's logit instead.
     """
-    return _decoupled(student_logits, teacher_logits, labels, temperature)[1]
+    return _decoupled(student_logits, teacher_logits, labels, temperature, 0.0, 1.0)
 
 
 def dkd_loss(
@@ -92,51 +91,38 @@ def dkd_loss(
     """
     alpha, beta = check_number("alpha", alpha, at_least=0), check_number("beta", beta, at_least=0)
     T = check_number("temperature", temperature, above=0)
-    target, others = _decoupled(student_logits, teacher_logits, labels, T)
-    return (alpha * target + beta * others) * T**2
+    return _decoupled(student_logits, teacher_logits, labels, T, alpha * T**2, beta * T**2)
 
 
-def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    B, K = check_logits("student_logits", student).shape
-    check_logits("teacher_logits", teacher, rows=B, columns=K)
-    y = check_labels(labels, B, K)
-    T = check_number("temperature", temperature, above=0)
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    target, others = _Decoupled.apply(student.to(dtype), teacher.detach().to(dtype), y, T)
-    return target, others
-
-
-class _Decoupled(torch.autograd.Function):
-    """TCKD and NCKD with the gradients written out, so that two predictions are all that is kept.
+def _decoupled(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, beta: float
+) -> Tensor:
+    """alpha TCKD + beta NCKD, ``(B,)``, with the gradient written out, so that one array is all that is kept.
 
     With d = q_y - p_y: TCKD's gradient to z_s / T is d on the label and -d q^ on the others, NCKD's is q^ - p^ on the
     others.
     """
+    B, K = check_logits("student_logits", student).shape
+    check_logits("teacher_logits", teacher, rows=B, columns=K)
+    column = check_labels(labels, B, K).unsqueeze(1)
+    T = check_number("temperature", temperature, above=0)
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        y = labels.unsqueeze(1)
-        log_t, log_ty, log_tn = _split(teacher / temperature, y)
-        log_s, log_sy, log_sn = _split(student / temperature, y)
+    def kernel(rows: slice) -> tuple[Tensor, Tensor]:
+        y = column[rows]
+        log_t, log_ty, log_tn = _split(teacher[rows] / T, y)
+        log_s, log_sy, log_sn = _split(student[rows] / T, y)
         p_y, q_y = log_ty.exp(), log_sy.exp()
         target = p_y * (log_ty - log_sy) + log_tn.exp() * (log_tn - log_sn)
         p = log_t.exp()  # 0 on the label
         ratio = log_t.sub_(log_s).scatter_(1, y, 0.0)  # the label's is -inf less -inf
         others = ratio.mul_(p).sum(1)
-        ctx.save_for_backward(log_s.exp_(), p, q_y - p_y, y)
-        ctx.temperature = temperature
-        return target.squeeze(1), others
+        pull = alpha * (q_y - p_y)
+        gradient = log_s.exp_().mul_(beta - pull).sub_(p, alpha=beta).scatter_(1, y, pull)
+        return alpha * target.squeeze(1) + beta * others, gradient.div_(T)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        q, p, difference, y = ctx.saved_tensors
-        to_target, to_others = (grad.unsqueeze(1) / ctx.temperature for grad in grads)
-        pull = to_target * difference
-        grad = (q * (to_others - pull)).addcmul_(p, to_others.expand_as(p), value=-1)
-        return grad.scatter_(1, y, pull), None, None, None
+    return by_rows(student, kernel)
 
 
 def _split(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

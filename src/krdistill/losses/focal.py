@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .._checks import at_least_float32, check_labels, check_logits, check_number, check_per_class, describe, like
 from ..errors import ArgumentError
+from ._rows import by_rows, piece_rows
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None) -> Tensor:
@@ -38,15 +39,29 @@ def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 2.0, class_weig
     """
     labels = check_labels(labels, check_logits("logits", logits).shape[0], logits.shape[1])
     gamma = check_number("gamma", gamma, at_least=0)
-    log_p = F.log_softmax(at_least_float32(logits), dim=1)
-    column = labels.unsqueeze(1)
-    log_right = log_p.gather(1, column).squeeze(1)
-    log_wrong = log_p.scatter(1, column, -math.inf).logsumexp(1)
-    loss = -(gamma * log_wrong).exp() * log_right
+    z = at_least_float32(logits)
+
+    def kernel(rows: slice) -> tuple[Tensor, Tensor]:
+        piece = z[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            values = _focal(piece, labels[rows], gamma)
+            (gradient,) = torch.autograd.grad(values.sum(), piece)
+        return values.detach(), gradient
+
+    large = piece_rows(z) < len(z) and torch.is_grad_enabled() and z.requires_grad
+    loss = by_rows(z, kernel) if large else _focal(z, labels, gamma)
     if class_weights is None:
         return loss
     check_per_class("class_weights", class_weights, logits.shape[1], low=0, expected="finite numbers >= 0")
     return loss * like(class_weights, loss)[labels]
+
+
+def _focal(z: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    log_p = F.log_softmax(z, dim=1)
+    column = labels.unsqueeze(1)
+    log_right = log_p.gather(1, column).squeeze(1)
+    log_wrong = log_p.scatter(1, column, -math.inf).logsumexp(1)
+    return -(gamma * log_wrong).exp() * log_right
 
 
 class FocalLoss(nn.Module):

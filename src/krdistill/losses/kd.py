@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .._checks import at_least_float32, check_logits, check_number
+from ._rows import by_rows
 
 
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -46,7 +44,7 @@ def softened_divergence(
 
     .. math:: T^2 \, \operatorname{KL}\big(\operatorname{softmax}(t / T) \,\|\, \operatorname{softmax}((s + o) / T)\big)
 
-    At most three arrays of the size of the logits are alive at once, in the forward and in the backward pass.
+    One array of the size of the logits is kept for the backward pass, which makes one more.
 
     Args:
         student: s, shape ``(B, K)``, float32 or float64.
@@ -56,37 +54,16 @@ def softened_divergence(
         owned: whether ``target`` is a temporary of the caller's that may be overwritten.
     """
     dtype = torch.promote_types(student.dtype, target.dtype)
-    return _SoftenedDivergence.apply(student.to(dtype), target.to(dtype), temperature, offset, owned)
+    student, target = student.to(dtype), target.to(dtype)
 
-
-class _SoftenedDivergence(torch.autograd.Function):
-    """Keeps the two predictions alone; the gradient is their difference, times T."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, target: Tensor, temperature: float, offset: Tensor | None, owned: bool
-    ) -> Tensor:
-        log_t = target.div_(temperature) if owned else target / temperature
-        _normalise_(log_t)
-        log_s = student / temperature if offset is None else (student + offset).div_(temperature)
-        _normalise_(log_s)
+    def kernel(rows: slice) -> tuple[Tensor, Tensor]:
+        log_t = (target[rows] / temperature).log_softmax(1)
+        s = student[rows] / temperature if offset is None else (student[rows] + offset).div_(temperature)
+        log_s = s.log_softmax(1)
         p_t = log_t.exp()
-        loss = log_t.sub_(log_s).mul_(p_t).sum(1)
-        ctx.save_for_backward(log_s.exp_(), p_t)
-        ctx.temperature = temperature
-        return loss.mul_(temperature**2)
+        return log_t.sub_(log_s).mul_(p_t).sum(1).mul_(temperature**2), log_s.exp_().sub_(p_t).mul_(temperature)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        p_s, p_t = ctx.saved_tensors
-        return (p_s - p_t).mul_((grad * ctx.temperature).unsqueeze(1)), None, None, None, None
-
-
-def _normalise_(z: Tensor) -> None:
-    """Log-softmax in place. The largest is taken off first: next to huge logits, the normaliser would be rounded."""
-    z.sub_(z.amax(1, keepdim=True))
-    z.sub_(z.logsumexp(1, keepdim=True))
+    return by_rows(student, kernel, out=target if owned else None)
 
 
 class KDDivergence(nn.Module):

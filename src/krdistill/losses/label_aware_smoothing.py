@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import (
     at_least_float32,
@@ -19,6 +18,7 @@ from .._checks import (
     like,
 )
 from ..priors import ClassPrior, CountsLike
+from .cross_entropy import softmax_loss
 
 Shape = Literal["concave", "linear", "convex"]
 
@@ -92,10 +92,8 @@ def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> 
     """
     labels = check_labels(labels, check_logits("logits", logits).shape[0], logits.shape[1])
     check_per_class("smoothing", smoothing, logits.shape[1], low=0, high=1, expected="numbers in [0, 1]")
-    log_p = F.log_softmax(at_least_float32(logits), dim=1)
-    share = like(smoothing, log_p)[labels]
-    right = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return -((1 - share) * right + share * log_p.mean(1))
+    z = at_least_float32(logits)
+    return softmax_loss(z, labels, smoothing=like(smoothing, z)[labels].unsqueeze(1))
 
 
 class LabelAwareSmoothing(nn.Module):

@@ -20,6 +20,7 @@ from .._checks import (
 from ..errors import ArgumentError
 from ..priors import ClassPrior, CountsLike
 from ..rectify.anchor_rectification import unit_rows
+from .cross_entropy import softmax_loss
 
 _COSINE_ROUNDING = 0.02  # bfloat16 can put a cosine this far above 1
 
@@ -86,8 +87,7 @@ def ldam_loss(
                 "Give the network a NormedLinear head, or use scale=1."
             )
     z = at_least_float32(cosines)
-    true = labels.unsqueeze(1) == torch.arange(K, device=labels.device)
-    loss = F.cross_entropy(scale * (z - like(margins, z) * true), labels, reduction="none")
+    loss = softmax_loss(z, labels, scale=scale, margin=like(margins, z)[labels].unsqueeze(1))
     if class_weights is None:
         return loss
     check_per_class("class_weights", class_weights, K, low=0, expected="finite numbers >= 0")

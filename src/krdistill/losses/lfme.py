@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import at_least_float32, check_labels, check_logits, check_number, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups
+from .cross_entropy import softmax_loss
 from .kd import softened_divergence
 
 
@@ -87,7 +87,7 @@ class ExpertDistillation(nn.Module):
             self._update(said.detach(), told, labels, group)
         start = self._confidence(told, labels, group)
         scale = start + (1 - start) * min(1.0, 2 * progress)
-        loss = F.cross_entropy(said * scale.unsqueeze(1), labels, reduction="none")
+        loss = softmax_loss(said, labels, scale=scale.unsqueeze(1))
         weights = self.expert_weights() * (self.alpha / self.temperature**2)  # the kernel gives T^2 KL
         for e in self.experts:
             classes = self.members(e)

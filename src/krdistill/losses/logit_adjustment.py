@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_number
+from .._checks import at_least_float32, check_logits, check_number, check_per_class, like
 from ..priors import ClassPrior, CountsLike
 from ..rectify.prior_removal import remove_prior
-from .cross_entropy import cross_entropy
+from .cross_entropy import shifted_cross_entropy
 
 
 def logit_adjusted_loss(
@@ -37,7 +37,9 @@ def logit_adjusted_loss(
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314.
     """
     tau = check_number("tau", tau, at_least=0)
-    return cross_entropy(remove_prior(logits, log_prior, -tau), labels, label_smoothing=label_smoothing)
+    check_logits("logits", logits)
+    check_per_class("log_prior", log_prior, logits.shape[1], expected="a finite log prior (no class without images)")
+    return shifted_cross_entropy(logits, labels, tau * like(log_prior, at_least_float32(logits[:0])), label_smoothing)
 
 
 def adjust_logits(logits: Tensor, log_prior: Tensor, *, tau: float = 1.0) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .._checks import at_least_float32, check_logits
+from ._rows import once, row_slices
 
 
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = False) -> Tensor:
@@ -50,13 +50,12 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, difference: Tensor) -> Tensor:
         ctx.save_for_backward(difference)
-        return difference.square().mean(1)
+        return torch.cat([difference[rows].square().mean(1) for rows in row_slices(difference)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (difference,) = ctx.saved_tensors
-        return difference * (grad * (2 / difference.shape[1])).unsqueeze(1)
+        return once(difference * (grad.detach() * (2 / difference.shape[1])).unsqueeze(1))
 
 
 class LogitMSE(nn.Module):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import at_least_float32, check_logits, check_number, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups
+from ._rows import by_rows, row_slices
 
 
 def group_log_probabilities(logits: Tensor, groups: ClassGroups | Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def cross_group_divergence(
 
     Source, deviation: as in :func:`ltkd_loss`.
     """
-    return _parts(student_logits, teacher_logits, groups, temperature, rebalance=rebalance, reweight=True)[0]
+    return _loss(student_logits, teacher_logits, groups, temperature, 1.0, 0.0, rebalance=rebalance, reweight=True)
 
 
 def within_group_divergence(
@@ -105,7 +103,7 @@ def within_group_divergence(
 
     Source, deviation: as in :func:`ltkd_loss`.
     """
-    return _parts(student_logits, teacher_logits, groups, temperature, rebalance=False, reweight=reweight)[1]
+    return _loss(student_logits, teacher_logits, groups, temperature, 0.0, 1.0, rebalance=False, reweight=reweight)
 
 
 def ltkd_loss(
@@ -146,8 +144,10 @@ def ltkd_loss(
     ours. The sums S are taken over the batch that is given: under data parallelism, over each process's own.
     """
     alpha, beta = check_number("alpha", alpha, at_least=0), check_number("beta", beta, at_least=0)
-    cross, within = _parts(student_logits, teacher_logits, groups, temperature, rebalance=rebalance, reweight=reweight)
-    return (alpha * cross + beta * within) * float(temperature) ** 2
+    T = check_number("temperature", temperature, above=0)
+    return _loss(
+        student_logits, teacher_logits, groups, T, alpha * T**2, beta * T**2, rebalance=rebalance, reweight=reweight
+    )
 
 
 def _partition(groups: ClassGroups | Tensor, num_classes: int | None) -> tuple[Tensor, list[int]]:
@@ -175,79 +175,60 @@ def _group_log(sums: Tensor) -> Tensor:
     return F.log_softmax(sums, dim=1)
 
 
-def _parts(
+def _loss(
     student: Tensor,
     teacher: Tensor,
     groups: ClassGroups | Tensor | tuple[Tensor, list[int]],
     temperature: float,
+    alpha: float,
+    beta: float,
     *,
     rebalance: bool,
     reweight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Cross-group and within-group divergence, each ``(B,)``; ``groups`` may be what :func:`_partition` gave."""
+) -> Tensor:
+    """alpha times cross-group plus beta times within-group divergence; ``groups`` may be what :func:`_partition` gave.
+
+    The gradient is written out, so that one array is all that is kept. To z_s / T, in group G: the cross-group part's
+    is (q_G - p^_G) q~, the within-group part's w_G (q~ - p~).
+    """
     B, K = check_logits("student_logits", student).shape
     check_logits("teacher_logits", teacher, rows=B, columns=K)
     T = check_number("temperature", temperature, above=0)
     order, sizes = groups if isinstance(groups, tuple) else _partition(groups, K)
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    cross, within = _GroupDivergences.apply(
-        student.to(dtype), teacher.detach().to(dtype), order.to(student.device), sizes, T, rebalance, reweight
-    )
-    return cross, within
-
-
-class _GroupDivergences(torch.autograd.Function):
-    """Both divergences with the gradient written out, so that two predictions are all that is kept.
-
-    To z_s / T, in group G: the cross-group part's gradient is (q_G - p^_G) q~, the within-group part's w_G (q~ - p~).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        order: Tensor,
-        sizes: list[int],
-        temperature: float,
-        rebalance: bool,
-        reweight: bool,
-    ) -> tuple[Tensor, Tensor]:
-        log_t, sums_t = _within(teacher, order, sizes, temperature)
-        log_s, sums_s = _within(student, order, sizes, temperature)
-        shares, log_q = _group_log(sums_t), _group_log(sums_s)
-        target = shares
+    student, teacher, order = student.to(dtype), teacher.detach().to(dtype), order.to(student.device)
+    back = order.argsort()
+    with torch.no_grad():
+        # The teacher's shares of all rows come first: the target rests on them.
+        log_p = torch.empty_like(teacher)
+        all_sums = []
+        for rows in row_slices(teacher):
+            log_p[rows], sums = _within(teacher[rows], order, sizes, T)
+            all_sums.append(sums)
+        shares = target = _group_log(torch.cat(all_sums))
         if rebalance:
             # p times s, renormalised: the mean of the S cancels, so log s is -log S
             target = F.log_softmax(shares - shares.logsumexp(0, keepdim=True), dim=1)
         weights = torch.ones_like(shares) if reweight else shares.exp()
-        cross = F.kl_div(log_q, target, reduction="none", log_target=True).sum(1)
-        p = log_t.exp()
-        ratio = log_t.sub_(log_s).mul_(p)
-        inner = torch.stack([piece.sum(1) for piece in ratio.split(sizes, dim=1)], dim=1)
-        within = (weights * inner).sum(1)
-        del log_t, ratio
-        # Back in the order of the classes, so that the backward pass writes its result in place.
-        back = order.argsort()
-        q = log_s.exp_().index_select(1, back)
-        del log_s
-        p = p.index_select(1, back)
-        number = torch.arange(len(sizes), device=order.device).repeat_interleave(
-            torch.tensor(sizes, device=order.device)
-        )
-        ctx.save_for_backward(q, p, weights, log_q.exp() - target.exp(), number[back])
-        ctx.temperature, ctx.same = temperature, reweight
-        return cross, within
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        q, p, weights, difference, group = ctx.saved_tensors
-        to_cross, to_within = (grad.unsqueeze(1) / ctx.temperature for grad in grads)
-        pull = weights * to_within
-        grad = (pull + to_cross * difference).index_select(1, group).mul_(q)
-        share = to_within.expand_as(p) if ctx.same else pull.index_select(1, group)
-        return grad.addcmul_(p, share, value=-1), None, None, None, None, None, None
+    def kernel(rows: slice) -> tuple[Tensor, Tensor]:
+        log_s, sums = _within(student[rows], order, sizes, T)
+        log_q = _group_log(sums)
+        cross = F.kl_div(log_q, target[rows], reduction="none", log_target=True).sum(1)
+        p = log_p[rows].exp()
+        ratio = (log_p[rows] - log_s).mul_(p)
+        inner = torch.stack([piece.sum(1) for piece in ratio.split(sizes, dim=1)], dim=1)
+        within = (weights[rows] * inner).sum(1)
+        pull = weights[rows] * (beta / T)
+        push = pull + (log_q.exp() - target[rows].exp()) * (alpha / T)
+        gradient = log_s.exp_()
+        for q, told, i, j in zip(
+            gradient.split(sizes, 1), p.split(sizes, 1), push.split(1, 1), pull.split(1, 1), strict=True
+        ):
+            q.mul_(i).addcmul_(told, j, value=-1)
+        return alpha * cross + beta * within, gradient.index_select(1, back)
+
+    return by_rows(student, kernel, out=log_p)
 
 
 def _within(logits: Tensor, order: Tensor, sizes: list[int], temperature: float) -> tuple[Tensor, Tensor]:
@@ -293,15 +274,16 @@ class LTKD(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         check_logits("student_logits", student_logits, columns=len(self.order))
-        cross, within = _parts(
+        return _loss(
             student_logits,
             teacher_logits,
             (self.order, self.sizes),
             self.temperature,
+            self.alpha * self.temperature**2,
+            self.beta * self.temperature**2,
             rebalance=self.rebalance,
             reweight=self.reweight,
         )
-        return (self.alpha * cross + self.beta * within) * self.temperature**2
 
     def extra_repr(self) -> str:
         return (

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..rectify.anchor_rectification import unit_rows
 from .similarity_preserving import unit_scale
 
-_PIECE_VALUES = 1 << 20  # values of one piece of the angle term: 4 MB in float32
+_PIECE_VALUES = 1 << 19  # values of one piece of the angle term: 2 MiB in float32
 
 
 def rkd_distance_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ def rkd_angle_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor
     Deviation: the mean over all B^3 triplets, as above.
 
     Cost: 2 B^3 (D_s + D_t) operations forward, about twice that backward. Never all B^3 angles at
-    once: the vertices are taken in pieces of at most 4 MB per tensor in float32 (or one vertex, where that is more),
-    under 100 MB in all with 256 images and features of width 256; backward computes each piece again.
+    once: the vertices are taken in pieces of at most 2 MiB per tensor in float32 (or one vertex, where that is more),
+    under 20 MiB in all with 256 images and features of width 256; backward computes each piece again.
     """
     s, t = _pair(student_features, teacher_features)
     loss: Tensor = _Angles.apply(s, t)

@@ -6,7 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._checks import at_least_float32, check_integer, describe
@@ -55,7 +57,23 @@ def simkd_loss(projected_map: Tensor, teacher_map: Tensor) -> Tensor:
     s, t = at_least_float32(projected_map), at_least_float32(teacher_map.detach())
     size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
     s, t = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
-    return (s - t).square().mean((1, 2, 3))
+    loss: Tensor = _MeanSquaredDifference.apply(s, t)
+    return loss
+
+
+class _MeanSquaredDifference(torch.autograd.Function):
+    """Keeps the two maps, which are there anyway; each pass makes one map, the difference."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor) -> Tensor:
+        ctx.save_for_backward(s, t)
+        return (s - t).square_().mean((1, 2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        s, t = ctx.saved_tensors
+        return (s - t).mul_((grad * (2 / s.shape[1:].numel())).view(-1, 1, 1, 1)), None
 
 
 class SimKD(nn.Module):
