@@ -15,6 +15,7 @@ demo: $(VENV)/.demo
 
 test: check
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(TEST_ENV) PYTHONPATH=$(CURDIR)/$(VENV)/timm $(BIN)/python -m pytest -q tests/models/test_foreign.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -41,6 +42,8 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e '.[train,onnx,test,examples]'
+	@# torchvision beside a CPU build of torch breaks what imports it unprepared, so these two have a folder of their own
+	$(PIP) --target $(VENV)/timm --upgrade --no-deps timm torchvision
 	@touch $@
 
 clean:

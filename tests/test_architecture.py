@@ -13,16 +13,18 @@ import krdistill
 
 ROOT = Path(krdistill.__file__).parent
 FLOORS = [
-    {"priors", "anchors", "outputs", "rng", "files", "events", "_checks"},
-    {"sampling"},
+    {"priors", "anchors", "outputs", "rng", "files", "events", "_checks", "_torchvision"},
+    {"sampling", "distributed"},
     {"rectify"},
     {"losses"},
     {"objective"},
     {"recipes"},
     {"models", "data", "evaluation"},
+    {"bank"},
     {"training", "reporting", "deploy"},
     {"runfolder", "stages"},
     {"pipeline", "distiller"},
+    {"study"},
     {"console"},
     {"commands"},
     {"cli"},

@@ -113,7 +113,7 @@ def test_a_finished_stage_is_not_done_again(finished: Path, tmp_path: Path) -> N
     plan = prepare(load_config(SMALL, [("export.onnx", "true")]))
     before = (folder / "student" / "model.safetensors").read_bytes()
     run(plan, folder, events=heard)
-    assert heard.stages == ["baselines/kd", "evaluation", "report"]
+    assert heard.stages == ["bank", "baselines/kd", "evaluation", "report"]  # the bank was not kept
     assert heard.skipped_stages == ["teacher", "diagnosis", "baselines/none", "student", "export"]
     assert (folder / "student" / "model.safetensors").read_bytes() == before
     # The same seed gives the same numbers, stage by stage.

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import click
 
 from . import __version__
-from .commands import data, listing, results, run
-from .commands.shared import Commands
+from .commands import bank, compare, data, listing, results, run
+from .commands.shared import Commands, print_error
 from .errors import KrdistillError
 
 _EXIT_USER_ERROR = 2
@@ -24,7 +24,7 @@ def app() -> None:
     """Distil a biased teacher into a small student that stays accurate on the rare classes."""
 
 
-for command in (run.run, run.demo, listing.list_, results.report, results.show, data.data):
+for command in (run.run, run.demo, compare.compare, listing.list_, results.report, results.show, data.data, bank.bank):
     app.add_command(command)
 
 
@@ -44,10 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red]  {escape(message)}")
+    print_error(message)
     sys.exit(code)
 
 

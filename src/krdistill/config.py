@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,6 +58,8 @@ class DataConfig(Section):
         image_size: side in pixels that a folder's images are resized to.
         on_unreadable: ``skip`` leaves unreadable images out; by default they are an error.
         empty: ``drop`` leaves classes without a training image out; by default they are an error.
+        cache: whether a folder's images are decoded once into a memory-mapped file under ``$KRDISTILL_CACHE`` (by
+            default ``~/.cache/krdistill/images``): ``always``, ``never``, or ``auto``, above 1 GiB of pixels.
         groups: ``shot`` (many > 100, medium 20-100, few < 20 training images), ``thirds``, or ``[high, low]``.
     """
 
@@ -71,6 +73,7 @@ class DataConfig(Section):
     image_size: int | None = Field(default=None, ge=8)
     on_unreadable: Literal["error", "skip"] = "error"
     empty: Literal["error", "drop"] = "error"
+    cache: Literal["auto", "always", "never"] = "auto"
     groups: GroupRule = "shot"
 
     @field_validator("imbalance_factor")
@@ -118,6 +121,10 @@ class TrainConfig(Section):
         mixup: alpha of mixup's Beta distribution; 0 is off.
         ema: decay of the weights' exponential moving average, which is then what is evaluated and kept; 0 is off.
         evaluate_every: epochs between evaluations during training; the last epoch is always evaluated.
+        precision: of the networks' arithmetic in training: ``float32``, ``bfloat16`` (autocast; losses, weights and
+            statistics stay float32), or ``auto``: bfloat16 on CUDA cards that have it, else float32.
+        compile: ``default`` or ``reduce-overhead`` (CUDA graphs) has torch.compile translate the networks; ``none``
+            runs them as they are.
     """
 
     epochs: int = Field(default=30, ge=1)
@@ -137,6 +144,8 @@ class TrainConfig(Section):
     mixup: float = Field(default=0.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     evaluate_every: int = Field(default=5, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
 
     @field_validator("milestones")
     @classmethod
@@ -161,8 +170,14 @@ class TeacherConfig(Section):
     """The teacher.
 
     Attributes:
-        model: name of a network (``krdistill list models``).
-        run: an earlier run folder to take the teacher from, instead of training one.
+        model: name of a network: krdistill's own (``krdistill list models``), ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:NAME-or-folder`` or ``module:package.path:factory``.
+        weights: what its training starts from: ``none`` (fresh ones), ``pretrained`` (its library's), or a file.
+        tap: name of its classifier layer (in a ``file``: of the tensor that is the feature), where not found by itself.
+        run: an earlier run folder to take the teacher from, instead of training one; of several, an ensemble is made.
+        file: a trained network to take, as ``.onnx`` or ``.pt2`` (``torch.export.save``), instead of training one.
+        answers: a file of stored answers (``.npz`` or ``.safetensors``) to take the place of a teacher that cannot be
+            asked; see :func:`krdistill.bank.load_answers`.
         classification: the loss a new teacher is trained with.
         head: its last layer: ``linear``, ``cosine`` (for ldam) or ``etf`` (for dot-regression).
         second_stage: how its last layer is balanced after training, on its own frozen features.
@@ -170,7 +185,11 @@ class TeacherConfig(Section):
     """
 
     model: str = "resnet20"
-    run: str | None = None
+    weights: str = "none"
+    tap: str | None = Field(default=None, coerce_numbers_to_str=True)
+    run: str | tuple[str, ...] | None = None
+    file: str | None = None
+    answers: str | None = None
     classification: Classification = "cross-entropy"
     head: Head = "linear"
     second_stage: SecondStage = "none"
@@ -178,6 +197,13 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _head(self) -> TeacherConfig:
+        given = [name for name in ("run", "file", "answers") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say where the teacher comes from; give one of them")
+        idle = ["weights"] if self.weights != "none" else []
+        idle += ["tap"] if self.tap is not None and not self.file else []
+        if given and idle:
+            raise ValueError(f"{' and '.join(idle)} would have no effect, as {given[0]} says where the teacher is")
         _fits(self.classification, self.head, self.train)
         return self
 
@@ -186,13 +212,17 @@ class StudentConfig(Section):
     """The student.
 
     Attributes:
-        model: name of a network (``krdistill list models``).
+        model: name of a network, as for the teacher.
+        weights: what its training starts from, as for the teacher.
+        tap: name of its classifier layer, where it is not found by itself.
         head: its last layer, as for the teacher.
         second_stage: how its last layer is balanced after training.
         train: how it is trained, every baseline alike.
     """
 
     model: str = "resnet8"
+    weights: str = "none"
+    tap: str | None = Field(default=None, coerce_numbers_to_str=True)
     head: Head = "linear"
     second_stage: SecondStage = "none"
     train: TrainConfig = TrainConfig()
@@ -228,6 +258,25 @@ class RecipeConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class BankConfig(Section):
+    """The view bank: the teacher's answers, stored (``docs/howto-bank.md``).
+
+    Attributes:
+        views: views of every image that the teacher answers once; epoch e of a student then shows view e modulo
+            ``views``. 0 asks the teacher in every step. ``auto`` stores them where that saves work.
+        folder: where banks are kept, to be shared by several runs; by default in the run folder.
+        dtype: of the stored numbers.
+        top_k: logits kept of each answer; by default all.
+        features: store the teacher's features beside its logits; recipes that match features need them.
+    """
+
+    views: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    folder: str | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    top_k: int | None = Field(default=None, ge=1)
+    features: bool = True
+
+
 class ExportConfig(Section):
     """What is written for the device: ``onnx`` false leaves it out."""
 
@@ -246,6 +295,7 @@ class RunConfig(Section):
         student: which student.
         recipe: how the student is taught.
         baselines: recipes trained beside it, for comparison, with the same student and schedule.
+        bank: whether the teacher's answers are stored.
         export: what is written for the device.
     """
 
@@ -257,6 +307,7 @@ class RunConfig(Section):
     student: StudentConfig = StudentConfig()
     recipe: RecipeConfig = RecipeConfig()
     baselines: tuple[RecipeConfig, ...] = ()
+    bank: BankConfig = BankConfig()
     export: ExportConfig = ExportConfig()
 
     @field_validator("recipe", mode="before")

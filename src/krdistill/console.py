@@ -101,8 +101,11 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
 
 def _teacher_words(plan: Plan) -> str:
     teacher = plan.config.teacher
-    if teacher.run:
-        return f"taken from {teacher.run}"
+    if teacher.run or teacher.file:
+        places = [teacher.run] if isinstance(teacher.run, str) else [*(teacher.run or [teacher.file])]
+        return f"taken from {', '.join(map(str, places))}"
+    if teacher.answers:
+        return f"stored answers, {teacher.answers}"
     return f"{teacher.model}, {teacher.classification}, {_train_words(teacher.train)}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
+from .bank import Answers, Coding, ViewBank, build_bank, load_answers
+from .bank.plan import DEFAULT_VIEWS
 from .config import GroupRule, RecipeConfig, TrainConfig, validate
 from .data import DataBundle, load_data
+from .data.augment import build_augmentation
 from .data.containers import ImageData
 from .errors import ArgumentError, KrdistillError
 from .events import Events
-from .models.network import Network, build_network, channel_statistics, load_network, save_network
+from .models.graphs import SUFFIXES
+from .models.network import (
+    Network,
+    build_network,
+    channel_statistics,
+    check_needs,
+    ensemble,
+    file_network,
+    load_network,
+    probe,
+    save_network,
+)
 from .models.teacher import Teacher
 from .recipes import resolve_recipe
 from .training.loop import collect_outputs
@@ -28,13 +42,18 @@ class Distiller:
     Args:
         teacher: a network's name (it is trained first), a run folder or a saved network's folder, or any trained
             :class:`torch.nn.Module` that maps normalised images to logits (a :class:`Network` brings its own
-            normalisation; of any other module the data's mean and standard deviation are taken). None for the recipe
-            ``none``.
+            normalisation; of any other module the data's mean and standard deviation are taken), or the path of a file:
+            a trained network (``.onnx``, ``.pt2``), or stored answers (:func:`krdistill.bank.load_answers`). Several
+            networks in a list answer together, as an ensemble. None for the recipe ``none``. A name is one of
+            krdistill's own, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder`` or
+            ``module:package.path:factory``, and may go on as in ``timm:resnet18?weights=pretrained``.
         student: a network's name, or any module.
         recipe: a name of ``krdistill list recipes``.
         options: the recipe's options, over its defaults.
         train: how the student is trained: a :class:`TrainConfig`, or a mapping of its fields.
         teacher_train: how a teacher given by name is trained; by default as the student.
+        bank: a folder for the teacher's answers (:func:`krdistill.bank.build_bank`), which are then computed once for
+            every view and shared by all that name the same folder; by default the teacher is asked in every step.
         groups: rule of the class groups.
         seed: of everything random.
         device: as in the configuration.
@@ -50,13 +69,14 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: str | Path | nn.Module | None = "resnet20",
+        teacher: str | Path | nn.Module | Sequence[str | Path | nn.Module] | None = "resnet20",
         student: str | nn.Module = "resnet8",
         recipe: str = "krdistill",
         *,
         options: Mapping[str, Any] | None = None,
         train: TrainConfig | Mapping[str, Any] | None = None,
         teacher_train: TrainConfig | Mapping[str, Any] | None = None,
+        bank: str | Path | None = None,
         groups: GroupRule = "shot",
         seed: int = 0,
         device: str = "auto",
@@ -69,7 +89,7 @@ class Distiller:
         self.teacher_train = self.train if teacher_train is None else _train_config(teacher_train)
         self.groups_rule, self.seed, self.device = groups, seed, best_device(device)
         self.events = events or Events()
-        self._teacher, self._student = teacher, student
+        self._teacher, self._student, self._bank = teacher, student, bank
         self.student_: Network | None = None
         self.teacher_: Teacher | None = None
         self.history_: dict[str, Any] = {}
@@ -85,9 +105,16 @@ class Distiller:
         self.data_ = bundle
         self.prior_, self.groups_ = stages.measure(bundle, self.groups_rule)
         student = self._network(self._student, bundle, self.seed + 1)
+        self._check(student, "student", None)
         profile = None
-        if "teacher" in self.recipe.needs:
-            self.teacher_ = Teacher(self._resolve_teacher(bundle), class_names=self.prior_.class_names)
+        answers: Answers | None = None
+        if "teacher" in self.recipe.needs and _is_file(self._teacher):
+            stored = load_answers(Path(str(self._teacher)), bundle)
+            answers, profile = stored, stages.profile_answers(stored, bundle)
+        elif "teacher" in self.recipe.needs:
+            network = self._resolve_teacher(self._teacher, bundle)
+            self._check(student, "teacher", network)
+            self.teacher_ = Teacher(network, class_names=self.prior_.class_names)
             profile = stages.profile_teacher(self.teacher_, bundle, seed=self.seed, device=self.device)
         self.profile_ = profile
         experts = None
@@ -102,11 +129,15 @@ class Distiller:
             )  # fmt: skip
         task = stages.build_task(
             self.recipe, self.options, student, bundle, self.prior_, self.groups_, teacher=self.teacher_,
-            profile=profile, experts=experts, label_smoothing=self.train.label_smoothing, seed=self.seed,
+            profile=profile, answers=answers, experts=experts, label_smoothing=self.train.label_smoothing,
+            seed=self.seed,
         )  # fmt: skip
+        if self._bank is not None and self.teacher_ is not None:
+            answers = self._build_bank(Path(self._bank), bundle, self.teacher_)
         trained = stages.distil(
-            task, bundle, self.groups_, self.train, seed=self.seed, device=self.device, events=self.events
-        )
+            task, bundle, self.groups_, self.train, seed=self.seed, device=self.device, answers=answers,
+            events=self.events,
+        )  # fmt: skip
         self.student_, self.history_ = trained.network, trained.record
         return self
 
@@ -147,11 +178,29 @@ class Distiller:
             raise KrdistillError("There is no student yet. Call fit(data) first.")
         return self.student_
 
-    def _resolve_teacher(self, bundle: DataBundle) -> Network:
-        given = self._teacher
+    def _build_bank(self, root: Path, bundle: DataBundle, teacher: Teacher) -> ViewBank | None:
+        return build_bank(
+            teacher, bundle.train, build_augmentation(self.train.augmentation, bundle.train.image_size[0]),
+            views=min(self.train.epochs, DEFAULT_VIEWS), root=root, seed=self.seed,
+            coding=Coding(bundle.num_classes, teacher.feature_dim), device=self.device,
+            on_step=lambda done, total: self.events.progress("bank", done, total),
+        )  # fmt: skip
+
+    def _check(self, student: Network, who: str, teacher: Network | None) -> None:
+        network = student if teacher is None else teacher
+        probe(network, what=f"The {who} {(network.architecture or {}).get('name', type(network.backbone).__name__)}")
+        check_needs(self.recipe.name, self.recipe.needs, self.options, student=student, teacher=teacher)
+        for note in network.notes:
+            self.events.note(note)
+
+    def _resolve_teacher(self, given: Any, bundle: DataBundle) -> Network:
         if isinstance(given, nn.Module):
             return self._network(given, bundle, self.seed)
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            return ensemble([self._resolve_teacher(one, bundle) for one in given])
         path = Path(str(given))
+        if path.suffix in SUFFIXES:
+            return file_network(path, class_names=self.prior_.class_names, images=bundle.train.images)
         if isinstance(given, Path) or path.is_dir():
             return load_network(path / "teacher" if (path / "teacher").is_dir() else path)
         return stages.train_teacher(
@@ -168,6 +217,10 @@ class Distiller:
                 given, class_names=self.prior_.class_names, mean=mean, std=std, image_size=bundle.train.image_size
             )
         return build_network(given, class_names=self.prior_.class_names, images=bundle.train.images, seed=seed)
+
+
+def _is_file(teacher: Any) -> bool:
+    return isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".npz", ".safetensors")
 
 
 def _train_config(given: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:

@@ -215,9 +215,26 @@ class Objective(nn.Module):
     def needs_maps(self) -> bool:
         return any(term.call in (on_maps, on_last_maps) for term in self._terms())
 
-    def forward(self, step: Step) -> LossTerms:
-        """Loss terms of a batch."""
-        terms = {term.name: term(step) for term in self._terms()}
+    @property
+    def needs_features(self) -> bool:
+        return any(term.call in (on_features, on_feature_pairs, on_indexed_features) for term in self._terms())
+
+    def forward(
+        self, step: Step, *, own: Step | None = None, gather: Callable[[Tensor], Tensor] | None = None
+    ) -> LossTerms:
+        """Loss terms of a batch.
+
+        Args:
+            step: the batch.
+            own: one process's share of it, with the maps that were not gathered; terms on maps are computed on it.
+            gather: per-sample values of a share ``(b,)`` to those of the batch ``(B,)``; needed with ``own``.
+        """
+        terms = {}
+        for term in self._terms():
+            if own is not None and gather is not None and term.call in (on_maps, on_last_maps):
+                terms[term.name] = gather(term(own))
+            else:
+                terms[term.name] = term(step)
         stats = {name: call(t.module, step) for t in self._terms() for name, call in t.stats.items()}
         return LossTerms(terms, stats)
 

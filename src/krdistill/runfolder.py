@@ -18,12 +18,13 @@ import yaml
 
 from . import __version__
 from .config import RunConfig, difference, dump_config
+from .distributed import World
 from .errors import RunFolderError
 from .files import read_json, replacing, write_json, write_text
 
 CONFIG, PROVENANCE, SPLIT, LOG = "config.yaml", "provenance.json", "split.json", "log.jsonl"
 METRICS, PREDICTIONS, DIAGNOSIS, PROFILE = "metrics.json", "predictions.npz", "diagnosis.json", "profile.pt"
-DONE, ONNX, EXPORT, REPORT = "done.json", "student.onnx", "export.json", "report.html"
+DONE, ONNX, EXPORT, REPORT, BANK = "done.json", "student.onnx", "export.json", "report.html", "bank"
 
 
 class RunFolder:
@@ -32,14 +33,18 @@ class RunFolder:
     Args:
         path: the folder.
         config: the resolved configuration. A folder that holds a run with another one is refused.
+        world: the processes that share the run; only the first writes, all others must see its disk.
 
     Raises:
         RunFolderError: the folder holds another run (the message shows what differs) or other files.
     """
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: RunConfig, *, world: World | None = None) -> None:
+        self.path, self.world = path, world or World.alone()
+        self.writes = self.world.first
         known = path / CONFIG
+        if not self.writes and not known.is_file():
+            raise RunFolderError(f"Process {self.world.rank} does not see {path}; put it on a disk that all share.")
         if known.is_file():
             try:
                 old = yaml.safe_load(known.read_text(encoding="utf-8"))
@@ -54,7 +59,8 @@ class RunFolder:
                 )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(f"{path} exists and is no run folder. Choose another one with --out.")
-        path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            path.mkdir(parents=True, exist_ok=True)
         if not known.is_file():
             write_text(known, dump_config(config))
 
@@ -71,6 +77,8 @@ class RunFolder:
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Marks a training as finished; its checkpoint is not needed any more."""
+        if not self.writes:
+            return
         write_json(self.part(stage) / DONE, record)
         self._checkpoint(stage).unlink(missing_ok=True)
 
@@ -80,6 +88,8 @@ class RunFolder:
         return self.path / "checkpoints" / f"{stage.replace('/', '-')}.pt"
 
     def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with replacing(self._checkpoint(stage)) as part:
             torch.save(state, part)
 
@@ -96,6 +106,8 @@ class RunFolder:
     # The log ----------------------------------------------------------------------------------------------------
 
     def log(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with (self.path / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -113,6 +125,8 @@ class RunFolder:
 
     def rewind_log(self, stage: str, epoch: int) -> None:
         """Drops a stage's lines after an epoch: they are about to be written again."""
+        if not self.writes:
+            return
         kept = [line for line in self.read_log() if line.get("stage") != stage or line.get("epoch", 0) <= epoch]
         write_text(self.path / LOG, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
@@ -123,7 +137,12 @@ class RunFolder:
         return read_json(path) if path.is_file() else {}
 
     def note_provenance(self, **facts: Any) -> None:
-        write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
+        self.write_json(PROVENANCE, {**self.provenance(), **facts})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes plain data into the folder, whole."""
+        if self.writes:
+            write_json(self.path / name, value)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

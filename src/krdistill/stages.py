@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .bank.answers import Answers
+from .bank.external import ExternalAnswers
 from .config import DataConfig, GroupRule, TrainConfig
 from .data import DataBundle, load_data
 from .data.augment import Compose, Cutout, RandomCrop, TrivialAugmentWide
 from .data.containers import ImageData
+from .distributed import World, broadcast
 from .errors import DataError, ModelError
 from .evaluation import evaluate_predictions
 from .events import Events
@@ -58,8 +61,8 @@ def measure(data: DataBundle, groups: GroupRule = "shot") -> tuple[ClassPrior, C
     return prior, prior.groups(groups)
 
 
-def load_configured_data(config: DataConfig) -> DataBundle:
-    """The data of a configuration."""
+def load_configured_data(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> DataBundle:
+    """The data of a configuration; ``on_progress`` hears of images that are decoded into a cache."""
     return load_data(
         config.source,
         root=config.root,
@@ -71,6 +74,8 @@ def load_configured_data(config: DataConfig) -> DataBundle:
         image_size=config.image_size,
         on_unreadable=config.on_unreadable,
         empty=config.empty,
+        cache=config.cache,
+        on_progress=on_progress,
     )
 
 
@@ -86,37 +91,50 @@ def fit(
     seed: int,
     device: torch.device,
     stage: str = "student",
+    answers: Answers | None = None,
+    world: World | None = None,
     events: Events | None = None,
     store: TrainingStore | None = None,
 ) -> dict[str, Any]:
     """Trains a task and evaluates it on the way; the network is left as the last epoch made it.
 
     The epochs in between are judged on the validation part where there is one, else on the test part: their best is
-    reported beside the last epoch, by the name of the part that chose it, and never kept.
+    reported beside the last epoch, by the name of the part that chose it, and never kept. With many processes every one
+    calls this, and ``store`` is heard of the first alone.
 
     Returns:
         ``{"epochs", "best": {"epoch", "top1", "chosen_on"}, "seconds"}``.
     """
     events = events or Events()
     judged, judged_on = (data.val, "validation") if data.val is not None else (data.test, "test")
-    trainer = Trainer(
-        task, data.train, train, seed=seed, device=device, on_step=lambda d, t: events.progress(stage, d, t)
-    )
+    together = world or World.alone()
     best: dict[str, Any] | None = None
     seconds = 0.0
+    saved = time.perf_counter()
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal saved
+        events.progress(stage, done, total)
+        if store is not None and together.first and done < total and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            store.save_checkpoint(stage, {"trainer": trainer.state(), "best": best, "seconds": seconds})
+            saved = time.perf_counter()
+
+    trainer = Trainer(
+        task, data.train, train, seed=seed, device=device, answers=answers, world=together, on_step=on_step
+    )
     if store is not None:
-        state = store.load_checkpoint(stage)
+        state = broadcast(store.load_checkpoint(stage) if together.first else None, together)
         if state is not None:
             trainer.restore(state["trainer"])
             best, seconds = state["best"], state["seconds"]
-            events.note(f"{stage}: going on after epoch {trainer.epoch} of {train.epochs}")
+            within = f", {trainer.sums['steps']} steps into the next" if trainer.sums["steps"] else ""
+            events.note(f"{stage}: going on after epoch {trainer.epoch} of {train.epochs}{within}")
         store.rewind_log(stage, trainer.epoch)
-    saved = time.perf_counter()
     for record in trainer.epochs():
         seconds += record.seconds
         line = _log_line(stage, record, groups)
         if record.last or record.epoch % train.evaluate_every == 0:
-            logits, _ = collect_outputs(trainer.network, judged, device=device)
+            logits, _ = collect_outputs(trainer.network, judged, device=device, world=world)
             scores = evaluate_predictions(logits, judged.labels, groups, class_names=judged.class_names)
             line["test" if data.val is None else "val"] = {
                 "top1": scores["top1"],
@@ -127,9 +145,7 @@ def fit(
         events.epoch(stage, line)
         if store is not None:
             store.log(line)
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS and not record.last:
-                store.save_checkpoint(stage, {"trainer": trainer.state(), "best": best, "seconds": seconds})
-                saved = time.perf_counter()
+    trainer.finish()
     if trainer.average is not None:
         task.network.load_state_dict(trainer.network.state_dict())
     task.network.eval()
@@ -149,6 +165,7 @@ def train_teacher(
     seed: int = 0,
     device: torch.device | None = None,
     stage: str = "teacher",
+    world: World | None = None,
     events: Events | None = None,
     store: TrainingStore | None = None,
 ) -> Trained:
@@ -157,13 +174,15 @@ def train_teacher(
     network = build_network(model, class_names=data.train.class_names, head=head, images=data.train.images, seed=seed)
     term = classification_term(classification, prior, label_smoothing=train.label_smoothing)
     task = Task(network, Objective([term]))
-    record = fit(task, data, groups, train, seed=seed, device=device, stage=stage, events=events, store=store)
-    record |= balance_head(network, data, second_stage, seed=seed, device=device)
+    record = fit(
+        task, data, groups, train, seed=seed, device=device, stage=stage, world=world, events=events, store=store
+    )
+    record |= balance_head(network, data, second_stage, seed=seed, device=device, world=world)
     return Trained(network, {"model": model, "recipe": classification, **record})
 
 
 def profile_teacher(
-    teacher: Teacher, data: DataBundle, *, seed: int = 0, device: torch.device | None = None
+    teacher: Teacher, data: DataBundle, *, seed: int = 0, device: torch.device | None = None, world: World | None = None
 ) -> TeacherProfile:
     """Measures what rectification needs to know of a teacher.
 
@@ -171,8 +190,7 @@ def profile_teacher(
     images it was not fitted to: the validation part where there is one, else strongly augmented training images.
     """
     device = device or best_device("auto")
-    _, features = collect_outputs(teacher, data.train, device=device)
-    means = class_means(features, data.train.labels, data.train.num_classes)
+    _, features = collect_outputs(teacher, data.train, device=device, world=world)
     if data.val is not None:
         views, words = data.val, "validation images"
     else:
@@ -180,9 +198,28 @@ def profile_teacher(
     limit = max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes)
     if len(views.labels) > limit:
         views = views.subset(_evenly(len(views.labels), limit))
-    logits, _ = collect_outputs(teacher, views, device=device)
-    kept = _evenly(len(features), max(data.train.num_classes, MAX_VIEW_VALUES // features.shape[1]))
-    return TeacherProfile(means, logits, views.labels, words, features[kept], data.train.labels[kept])
+    logits, _ = collect_outputs(teacher, views, device=device, world=world)
+    return _profile(features, data.train, logits, views.labels, words)
+
+
+def profile_answers(answers: ExternalAnswers, data: DataBundle) -> TeacherProfile:
+    """The same of a teacher of whom only answers are known: its prior is measured on the validation images where there
+    are any, else on the training images, which it may have been fitted to."""
+    if answers.val is not None and data.val is not None:
+        logits, labels, words = answers.val.logits, data.val.labels, "validation images"
+    else:
+        logits, labels, words = answers.train.logits, data.train.labels, "training images as they are"
+    kept = _evenly(len(labels), max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes))
+    return _profile(answers.train.feature, data.train, logits[kept], labels[kept], words)
+
+
+def _profile(features: Tensor, train: ImageData, logits: Tensor, labels: Tensor, words: str) -> TeacherProfile:
+    if features.shape[1]:
+        means = class_means(features, train.labels, train.num_classes)
+    else:
+        means = features.new_zeros(train.num_classes, 0)
+    kept = _evenly(len(features), max(train.num_classes, MAX_VIEW_VALUES // max(1, features.shape[1])))
+    return TeacherProfile(means, logits, labels, words, features[kept], train.labels[kept])
 
 
 def train_experts(
@@ -193,6 +230,7 @@ def train_experts(
     train: TrainConfig,
     seed: int = 0,
     device: torch.device | None = None,
+    world: World | None = None,
     events: Events | None = None,
     store: TrainingStore | None = None,
     trained: Callable[[str], Network | None] = lambda name: None,
@@ -223,7 +261,7 @@ def train_experts(
             prior, own = measure(part)
             network = train_teacher(
                 part, prior, own, model=model, train=train, seed=seed, device=device, events=events, store=store,
-                stage=f"experts/{name}",
+                stage=f"experts/{name}", world=world,
             ).network  # fmt: skip
             keep(name, network)
         networks.append(network)
@@ -241,6 +279,7 @@ def build_task(
     *,
     teacher: Teacher | None = None,
     profile: TeacherProfile | None = None,
+    answers: Answers | None = None,
     experts: Experts | None = None,
     label_smoothing: float = 0.0,
     seed: int = 0,
@@ -256,13 +295,21 @@ def build_task(
         groups: of the classes.
         teacher: for recipes that need one.
         profile: what was measured of it.
+        answers: what is stored of a teacher that cannot be asked, in its place.
         experts: for recipes that need them.
         label_smoothing: of the classification loss.
         seed: of anchors and projectors.
     """
     asks = "teacher" in recipe.needs
-    if asks and (teacher is None or profile is None):
+    if asks and (profile is None or (teacher is None and answers is None)):
         raise ModelError(f"The recipe {recipe.name!r} needs a teacher, got none. Give one, or use the recipe 'none'.")
+    if teacher is None and answers is not None:
+        lacking = recipe.needs & {"maps"} or (recipe.needs & {"features"} if not answers.feature_dim else set())
+        if lacking:
+            raise ModelError(
+                f"The recipe {recipe.name!r} needs the teacher's {', '.join(sorted(lacking))}, which are not among the "
+                "stored answers. Take a recipe that needs its logits alone: `krdistill list recipes` says which."
+            )
     if "experts" in recipe.needs and experts is None:
         raise ModelError(f"The recipe {recipe.name!r} needs experts of the class groups, got none.")
     if recipe.reuses_classifier and teacher is not None:
@@ -293,19 +340,28 @@ def distil(
     seed: int = 0,
     device: torch.device | None = None,
     stage: str = "student",
+    answers: Answers | None = None,
+    world: World | None = None,
     events: Events | None = None,
     store: TrainingStore | None = None,
 ) -> Trained:
-    """Trains a student by a task of :func:`build_task`, then balances its last layer where that is asked for."""
+    """Trains a student by a task of :func:`build_task`, then balances its last layer where that is asked for.
+
+    With stored ``answers`` the teacher is not asked.
+    """
     device = device or best_device("auto")
-    record = fit(task, data, groups, train, seed=seed, device=device, stage=stage, events=events, store=store)
-    balanced = balance_head(task.network, data, second_stage, seed=seed, device=device)
+    record = fit(
+        task, data, groups, train, seed=seed, device=device, stage=stage, answers=answers, world=world, events=events,
+        store=store,
+    )  # fmt: skip
+    balanced = balance_head(task.network, data, second_stage, seed=seed, device=device, world=world)
     return Trained(task.network, {**record, **task.objective.summary, **balanced})
 
 
 def balance_head(
-    network: Network, data: DataBundle, method: str, *, seed: int = 0, device: torch.device | None = None
-) -> dict[str, Any]:
+    network: Network, data: DataBundle, method: str, *, seed: int = 0, device: torch.device | None = None,
+    world: World | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The second stage: a network's last linear layer is balanced on its own frozen features, in place.
 
     Args:
@@ -324,12 +380,12 @@ def balance_head(
     if type(head) is not nn.Linear:
         raise ModelError(f"second_stage {method!r} balances a plain linear head, got {type(head).__name__}.")
     device = device or best_device("auto")
-    _, features = collect_outputs(network, data.train, device=device)
+    _, features = collect_outputs(network, data.train, device=device, world=world)
     options: dict[str, Any] = {}
     if method == "tau-norm":
         if data.val is None:
             raise DataError("second_stage 'tau-norm' needs held-out images to choose its tau; set data.val_fraction.")
-        options["held_out"] = (collect_outputs(network, data.val, device=device)[1], data.val.labels)
+        options["held_out"] = (collect_outputs(network, data.val, device=device, world=world)[1], data.val.labels)
     elif method in ("crt", "lws"):
         options["seed"] = derive_seed(seed, "second-stage") % 2**31
     found = apply_second_stage(head, method, features, data.train.labels, **options)  # type: ignore[arg-type]
@@ -348,10 +404,15 @@ def rectified_logits(logits: Tensor, options: Options, context: ObjectiveContext
 
 
 def evaluate_network(
-    network: torch.nn.Module, data: ImageData, groups: ClassGroups, *, device: torch.device | None = None
+    network: torch.nn.Module,
+    data: ImageData,
+    groups: ClassGroups,
+    *,
+    device: torch.device | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     """Metrics on a set of images, and the logits they come from."""
-    logits, _ = collect_outputs(network, data, device=device or best_device("auto"))
+    logits, _ = collect_outputs(network, data, device=device or best_device("auto"), world=world)
     return evaluate_predictions(logits, data.labels, groups, class_names=data.class_names), logits
 
 

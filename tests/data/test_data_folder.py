@@ -330,7 +330,7 @@ def test_different_sizes_ask_for_image_size(tmp_path: Path) -> None:
 def test_too_large_for_memory(tmp_path: Path) -> None:
     animals(tmp_path, {"a": 2, "b": 2})
     with pytest.raises(DataError, match=r"take .* GiB, and this machine has .* Set a smaller image_size"):
-        load_images(tmp_path, image_size=2_000_000)
+        load_images(tmp_path, image_size=2_000_000, cache="never")
 
 
 def nothing(root: Path) -> None:

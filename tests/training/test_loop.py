@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import copy
+import io
 import math
+import shutil
+import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from krdistill.config import TrainConfig
 from krdistill.data.containers import ImageData
@@ -12,7 +18,7 @@ from krdistill.models.teacher import Teacher
 from krdistill.objective import Objective, ObjectiveContext, TeacherProfile, classification_term
 from krdistill.priors import ClassPrior
 from krdistill.recipes import recipe
-from krdistill.training.loop import DivergedError, Trainer, collect_outputs
+from krdistill.training.loop import DivergedError, Trainer, collect_outputs, training_precision
 from krdistill.training.optim import build_optimizer, learning_rate
 from krdistill.training.task import Task
 
@@ -160,10 +166,10 @@ def test_mixed_labels_mix_the_loss() -> None:
     data = _data()
     images = data.images[:8].permute(0, 3, 1, 2).float() / 255
     labels, partners = data.labels[:8], data.labels[1:9]
-    mixed = task.mixed(images, labels, partners, 0.3).terms.total()
+    mixed = task(images, labels, partners=partners, share=0.3).terms.total()
     own, other = task(images, labels).terms.total(), task(images, partners).terms.total()
     assert torch.allclose(mixed, 0.3 * own + 0.7 * other, atol=1e-5)
-    assert torch.allclose(task.mixed(images, labels, partners, 1.0).terms.total(), own, atol=1e-6)
+    assert torch.allclose(task(images, labels, partners=partners, share=1.0).terms.total(), own, atol=1e-6)
 
 
 def test_a_loss_that_is_no_number_stops_with_what_to_do() -> None:
@@ -188,3 +194,137 @@ def test_optimizers_are_as_configured() -> None:
     assert sgd.defaults["momentum"] == 0.8 and sgd.defaults["nesterov"] and sgd.defaults["weight_decay"] == 1e-3
     adam = build_optimizer(TrainConfig(optimizer="adamw", lr=1e-3), parameters)
     assert isinstance(adam, torch.optim.AdamW) and adam.defaults["betas"] == (0.9, 0.999)
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 6, 8, 11])
+def test_going_on_within_an_epoch_equals_going_through(after: int) -> None:
+    """Steps 1 to 12 of three epochs of four: the state of any of them is enough, and the log is the same too."""
+    whole = _distilled()
+    records = list(Trainer(whole, _data(), TRAIN, seed=0, device=CPU).epochs())
+    states = []
+
+    def stop(done: int, total: int) -> None:
+        if done == after:
+            states.append(copy.deepcopy(first.state()))
+            raise _StoppedError
+
+    first = Trainer(_distilled(), _data(), TRAIN, seed=0, device=CPU, on_step=stop)
+    with pytest.raises(_StoppedError):
+        list(first.epochs())
+    buffer = io.BytesIO()
+    torch.save(states[0], buffer)
+    buffer.seek(0)
+    second = Trainer(_distilled(seed=5), _data(), TRAIN, seed=0, device=CPU)
+    second.task._teacher[:] = first.task._teacher
+    second.restore(torch.load(buffer, weights_only=True))
+    rest = list(second.epochs())
+    assert len(rest) == 3 - (after - (after % 4 == 0)) // 4
+    for old, new in zip(records[-len(rest) :], rest, strict=True):
+        assert (old.loss, old.train_accuracy, old.stats, old.lr) == (new.loss, new.train_accuracy, new.stats, new.lr)
+    a, b = whole.state_dict(), second.task.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+TRAIN = TrainConfig(epochs=3, batch_size=15, augmentation="crop-only")
+
+
+class _ReadBacks(TorchDispatchMode):
+    """Counts what makes a device wait for the program: numbers and sizes that are read back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.def")):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["krdistill", "kd", "kd-balanced", "dkd", "ltkd", "bkd"])
+@pytest.mark.parametrize("augmentation", ["crop-flip", "trivial-augment"])
+def test_nothing_is_read_back_within_a_step(name: str, augmentation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The argument checks look at values where that is free: on the CPU. As on a GPU, they must not here.
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("krdistill") and hasattr(module, "readable"):
+            monkeypatch.setattr(module, "readable", lambda x: False)
+    config = TRAIN.model_copy(update={"augmentation": augmentation})
+    trainer = Trainer(_distilled(name), _data(), config, seed=0, device=CPU)
+    trainer.task.train()
+    batches = list(trainer.feed.run(trainer.batches(0)))
+    trainer._add(trainer.step(0, 0, *batches[0]))
+    with _ReadBacks() as mode:
+        for i in (1, 2):
+            trainer._add(trainer.step(0, i, *batches[i]))
+    assert mode.seen == []
+    with _ReadBacks() as mode:
+        float(torch.ones(()))
+    assert mode.seen  # the counter counts
+
+
+def test_the_fused_optimisers_are_the_plain_ones() -> None:
+    for name, plain in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        config = TrainConfig(optimizer=name, lr=0.01, momentum=0.9, nesterov=name == "sgd", weight_decay=0.01)
+        mine = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).clone())]
+        theirs = [torch.nn.Parameter(mine[0].detach().clone())]
+        fused = build_optimizer(config, mine)
+        assert fused.defaults["fused"]
+        settings = {k: v for k, v in fused.defaults.items() if k not in ("fused", "foreach", "decoupled_weight_decay")}
+        reference = plain(theirs, **settings, foreach=False)
+        for step in range(5):
+            for parameters, optimizer in ((mine, fused), (theirs, reference)):
+                parameters[0].grad = torch.sin(torch.arange(12.0).view(3, 4) + step)
+                optimizer.step()
+        assert torch.allclose(mine[0], theirs[0], atol=1e-6)
+
+
+def test_low_precision_is_near_and_its_losses_are_float32() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        task = _distilled()
+        trainer = Trainer(task, _data(), TRAIN.model_copy(update={"precision": precision}), seed=0, device=CPU)
+        trainer.task.train()
+        index, images, labels = next(iter(trainer.feed.run(trainer.batches(0))))
+        out = trainer.step(0, 0, index, images, labels)
+        assert all(v.dtype == torch.float32 for v in out.terms.terms.values()) and out.logits.dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in task.parameters())
+        losses[precision] = {k: float(v.detach().mean()) for k, v in out.terms.terms.items()}
+    assert losses["float32"] != losses["bfloat16"]
+    for name, value in losses["float32"].items():
+        assert losses["bfloat16"][name] == pytest.approx(value, rel=0.05, abs=0.02)
+
+
+def test_auto_precision_is_float32_without_a_fast_card() -> None:
+    assert training_precision("auto", CPU) == torch.float32
+    assert training_precision("bfloat16", CPU) == torch.bfloat16
+
+
+def test_channels_last_changes_nothing() -> None:
+    out = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        task = _distilled()
+        trainer = Trainer(task, _data(), TRAIN, seed=0, device=CPU)
+        task.to(memory_format=layout)
+        trainer.run_epoch()
+        out.append(torch.cat([p.detach().flatten() for p in task.parameters()]))
+    assert torch.allclose(*out, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_compiled_networks_train_alike() -> None:
+    losses = []
+    for mode in ("none", "default"):
+        config = TrainConfig(epochs=1, batch_size=30, augmentation="none", compile=mode)
+        task = _supervised()
+        task.network.backbone.stages = task.network.backbone.stages[:1]  # one stage: compiling takes its time
+        task.network.backbone.head = torch.nn.Linear(16, 3)
+        torch.nn.init.constant_(task.network.backbone.head.weight, 0.1)
+        torch.nn.init.zeros_(task.network.backbone.head.bias)
+        losses.append(Trainer(task, _data(), config, seed=0, device=CPU).run_epoch().loss)
+    for name, value in losses[0].items():
+        assert losses[1][name] == pytest.approx(value, rel=1e-3), name

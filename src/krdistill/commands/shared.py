@@ -64,6 +64,13 @@ def needs_packages() -> Iterator[None]:
         ) from None
 
 
+def print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red]  {escape(message)}")
+
+
 def print_metrics(console: Console, metrics: dict[str, Any]) -> None:
     from ..console import print_table
     from ..reporting.tables import comparison_rows

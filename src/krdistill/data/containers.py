@@ -1,4 +1,4 @@
-"""Data sets in memory: :class:`ImageData` is one part of one, :class:`DataBundle` a training and a test part."""
+"""Data sets: :class:`ImageData` is one part of one, :class:`DataBundle` a training and a test part."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, DataError
+from .cache import MappedImages
 from .decoding import pixels_of
 
 _CHUNK = 4096
@@ -22,10 +23,11 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Labelled images in memory.
+    """Labelled images, in memory or memory-mapped.
 
     Attributes:
-        images: uint8, shape ``(N, H, W, C)``, at least one.
+        images: uint8, shape ``(N, H, W, C)``, at least one; of a data set larger than memory a
+            :class:`~krdistill.data.cache.MappedImages`, of which some rows at a time should be taken.
         labels: int64, shape ``(N,)``, in ``[0, K)``.
         class_names: K distinct names, in the order of the labels.
         ids: one text per image that says which one it is: a file's path under the data's root, or part and upstream
@@ -91,7 +93,11 @@ class ImageData:
         return torch.bincount(self.labels, minlength=self.num_classes)
 
     def checksum(self) -> str:
-        """SHA-256 over pixels, labels, class names and ids, in hexadecimal; computed once."""
+        """SHA-256 over labels, class names, ids and every image's own SHA-256, in hexadecimal; computed once.
+
+        Of memory-mapped images these are the ones noted when they were decoded: nothing is read again, and the result
+        is that of the same images in memory.
+        """
         return self._checksum
 
     @cached_property
@@ -100,12 +106,16 @@ class ImageData:
         _hash_texts(digest, self.class_names)
         _hash_texts(digest, self.ids)
         digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
-        for rows in self.images.split(_CHUNK):
-            digest.update(rows.cpu().contiguous().numpy().data)
+        if isinstance(self.images, MappedImages):
+            digest.update(self.images.row_digests())
+        else:
+            for rows in self.images.split(_CHUNK):
+                for image in rows.cpu().contiguous().numpy():
+                    digest.update(hashlib.sha256(image.data).digest())
         return digest.hexdigest()
 
     def subset(self, index: Tensor | npt.ArrayLike) -> ImageData:
-        """The images at these rows, in this order.
+        """The images at these rows, in this order; of memory-mapped images none is read.
 
         Args:
             index: row numbers, or a mask of N truth values.
@@ -115,8 +125,11 @@ class ImageData:
         """
         rows = _positions(index, len(self), "rows")
         return replace(
-            self, images=self.images[rows], labels=self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist())
+            self, images=self._images_at(rows), labels=self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist())
         )
+
+    def _images_at(self, rows: Tensor) -> Tensor:
+        return self.images.select_rows(rows) if isinstance(self.images, MappedImages) else self.images[rows]
 
     def keep_classes(self, kept: Tensor | npt.ArrayLike) -> ImageData:
         """Only the images of these classes, which become classes 0, 1, ... in the order given.
@@ -140,7 +153,7 @@ class ImageData:
             raise ArgumentError(f"{self.name}: none of the {len(classes)} classes kept has an image here.")
         return replace(
             self,
-            images=self.images[rows],
+            images=self._images_at(rows),
             labels=labels[rows],
             class_names=tuple(self.class_names[k] for k in classes.tolist()),
             ids=tuple(self.ids[i] for i in rows.tolist()),

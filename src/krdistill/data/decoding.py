@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps
 
 from ..errors import DataError
@@ -111,6 +115,63 @@ def decode(
     return pixels, failures
 
 
+def decode_to_file(
+    target: Path,
+    first: int,
+    paths: Sequence[Path | None],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    resize: bool = False,
+) -> tuple[bytes, dict[int, str]]:
+    """Decodes image files, one after the other, into rows of a file of raw pixels; on return they are on the disk.
+
+    Written, not mapped: a full disk is then an error to report, and not a signal that kills the process.
+
+    Args:
+        target: the file, uint8 ``(N, H, W, C)``.
+        first: the row that the first image becomes.
+        paths: the files; None leaves a row zero.
+        size, channels, resize: as in :func:`decode`.
+
+    Returns:
+        SHA-256 of every row, one after the other, and the reasons, by position, why files could not be read; their
+        rows are zero.
+
+    Raises:
+        OSError: ``target`` could not be written.
+    """
+    pixels = np.zeros((len(paths), *size, channels), np.uint8)
+    failures: dict[int, str] = {}
+    for i, path in enumerate(paths):
+        if path is not None:
+            try:
+                pixels[i] = _decode_one(path, size, channels, resize)
+            except MemoryError:  # says nothing of the file, and must not be kept as if it did
+                raise
+            except Exception as error:  # see read_headers
+                failures[i] = _reason(error, path)
+    with target.open("r+b") as file:
+        file.seek(first * math.prod(pixels.shape[1:]))
+        file.write(pixels.data)
+        file.flush()
+        os.fsync(file.fileno())
+    return b"".join(hashlib.sha256(row.data).digest() for row in pixels), failures
+
+
+def end_with_parent() -> None:
+    """Makes a worker process end when the one that started it is killed, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales so that the image covers ``size`` (height, width) and crops the centre; bicubic, antialiased."""
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
@@ -118,6 +179,8 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def resize_images(data: ImageData, side: int) -> ImageData:
     """The same images at ``side`` x ``side`` (see :func:`fit`)."""
+    import torch  # not needed by the processes that decode
+
     if data.image_size == (side, side):
         return data
     _check_memory((len(data), side, side, data.channels))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import ArgumentError, DataError
+from .cache import CACHE_ABOVE, Cache, build_cache, cache_key, cache_root, open_cache
 from .containers import ImageData, LoadedImages, first_few
 from .decoding import Header, decode, read_headers, unreadable_message
 from .selection import choose
+from .sources import CacheUse
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -33,8 +36,12 @@ def load_folder(
     on_unreadable: str = "error",
     test_fraction: float | None = None,
     test_seed: int = 0,
+    cache: CacheUse = "auto",
+    cache_folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedImages:
-    """Reads a folder of images into memory.
+    """Reads a folder of images, into memory or, where they are many, through a cache of decoded images.
 
     Either ``PATH/train/<class>/...`` with ``PATH/test/<class>/...`` or ``PATH/val/<class>/...`` (where there are both,
     ``val`` is the validation part), or ``PATH/<class>/...``, of which a test part is put aside. Below a class folder,
@@ -54,15 +61,26 @@ def load_folder(
         test_fraction: share of the images put aside for testing where there is no test part; 0.2 by default.
         test_seed: which images those are. An image's lot depends on its path alone, so that images added later move
             few others across.
+        cache: whether the images are decoded once into a memory-mapped file (:mod:`krdistill.data.cache`), which gives
+            the same pixels, splits and checksums: ``always``, ``never``, or ``auto``, where they take more than
+            :data:`~krdistill.data.cache.CACHE_ABOVE` bytes.
+        cache_folder: holds the caches; by default ``$KRDISTILL_CACHE``, else ``~/.cache/krdistill/images``.
+        workers: processes that decode into a cache; by default one per processor, 0 decodes in this one.
+        on_progress: called with the images decoded into the cache so far and their number.
 
     Returns:
         The parts, and notes on what was left out. Ids are paths under ``path``.
 
     Raises:
-        DataError: no such folder, no classes, no images, unreadable images, different sizes and no ``image_size``, or
-            a training and a test part with different classes.
-        ArgumentError: ``test_fraction`` outside (0, 1), or given although there is a test part.
+        DataError: no such folder, no classes, no images, unreadable images, different sizes and no ``image_size``,
+            a training and a test part with different classes, or images that fit neither into memory nor on the disk.
+        ArgumentError: ``test_fraction`` outside (0, 1), or given although there is a test part; a wrong ``cache`` or
+            ``workers``.
     """
+    if cache not in ("auto", "always", "never"):
+        raise ArgumentError(f"Expected cache to be 'auto', 'always' or 'never', got {cache!r}.")
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise ArgumentError(f"Expected workers to be a whole number, at least 0, got {workers!r}.")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a folder of class folders.")
@@ -77,7 +95,9 @@ def load_folder(
     for part, found in rows.items():
         if not found:
             raise DataError(f"{folders[part]} holds no images (known suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    parts = _decode_parts(root, rows, classes, image_size, on_unreadable, notes)
+    parts = _decode_parts(
+        root, rows, classes, image_size, on_unreadable, notes, cache, cache_root(cache_folder), workers, on_progress
+    )
     if "test" not in parts:
         parts["train"], parts["test"] = _carve_test(parts["train"], test_fraction or 0.2, test_seed, notes)
     return LoadedImages(parts["train"], parts["test"], parts.get("val"), tuple(notes))
@@ -192,32 +212,60 @@ def _decode_parts(
     image_size: int | None,
     on_unreadable: str,
     notes: list[str],
+    cache: CacheUse,
+    caches: Path,
+    workers: int | None,
+    on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, ImageData]:
     paths = {part: [path for path, _ in found] for part, found in rows.items()}
     ids = {part: [path.relative_to(root).as_posix() for path in found] for part, found in paths.items()}
-    headers: dict[str, list[Header | None]] = {}
-    failures: dict[str, dict[int, str]] = {}
-    for part, found in paths.items():
-        headers[part], failures[part] = read_headers(found)
-    readable = [header for found in headers.values() for header in found if header is not None]
+    starts = dict(zip(paths, accumulate((len(found) for found in paths.values()), initial=0), strict=False))
+    all_paths = [path for found in paths.values() for path in found]
     all_ids = [i for found in ids.values() for i in found]
-    if not readable or (on_unreadable == "error" and any(failures.values())):
-        raise DataError(unreadable_message(all_ids, _joined(failures, ids), str(root)))
-    size = _common_size(readable) if image_size is None else (image_size, image_size)
-    channels = 1 if all(header.grey for header in readable) else 3
-
-    pixels = {}
+    # Colours are not known before the files are opened, but three channels are the most there can be.
+    small = image_size is not None and len(all_paths) * image_size**2 * 3 <= CACHE_ABOVE
+    may_cache = cache == "always" or (cache == "auto" and not small)
+    place = caches / cache_key(all_paths, all_ids, image_size) if may_cache else caches
+    decoded: Cache | None = open_cache(place) if may_cache else None
+    pixels: dict[str, torch.Tensor] = {}
+    failures: dict[str, dict[int, str]] = {}
+    if decoded is None:
+        headers: dict[str, list[Header | None]] = {}
+        for part, found in paths.items():
+            headers[part], failures[part] = read_headers(found)
+        readable = [header for found in headers.values() for header in found if header is not None]
+        if not readable or (on_unreadable == "error" and any(failures.values())):
+            raise DataError(unreadable_message(all_ids, _joined(failures, ids), str(root)))
+        size = _common_size(readable) if image_size is None else (image_size, image_size)
+        channels = 1 if all(header.grey for header in readable) else 3
+        resize = image_size is not None
+        if cache == "always" or (may_cache and len(readable) * size[0] * size[1] * channels > CACHE_ABOVE):
+            decoded = build_cache(
+                place,
+                all_paths,
+                size=size,
+                channels=channels,
+                resize=resize,
+                unreadable=_joined(failures, ids),
+                workers=workers,
+                on_progress=on_progress,
+            )
     for part, found in paths.items():
+        if decoded is not None:
+            own = range(starts[part], starts[part] + len(found))
+            failures[part] = {i: decoded.unreadable[row] for i, row in enumerate(own) if row in decoded.unreadable}
+            kept = [row for row in own if row not in decoded.unreadable]
+            pixels[part] = decoded.images.select_rows(torch.tensor(kept, dtype=torch.int64))
+            continue
         there = [i for i in range(len(found)) if i not in failures[part]]
-        pixels[part], failed = decode(
-            [found[i] for i in there], size=size, channels=channels, resize=image_size is not None
-        )
+        array, failed = decode([found[i] for i in there], size=size, channels=channels, resize=resize)
         keep = np.array([i not in failed for i in range(len(there))], dtype=bool)
-        pixels[part] = pixels[part] if keep.all() else pixels[part][keep]
+        pixels[part] = torch.from_numpy(array if keep.all() else array[keep])
         failures[part].update({there[i]: why for i, why in failed.items()})
     if any(failures.values()):
         if on_unreadable == "error":
-            raise DataError(unreadable_message(all_ids, _joined(failures, ids), str(root)))
+            again = f" (Decoded images are kept in {place}; remove it to try these files again.)" if decoded else ""
+            raise DataError(unreadable_message(all_ids, _joined(failures, ids), str(root)) + again)
         skipped = [ids[part][i] for part, failed in failures.items() for i in sorted(failed)]
         notes.append(f"{len(skipped):,} unreadable images were left out: {first_few(skipped)}")
 
@@ -227,7 +275,7 @@ def _decode_parts(
         if not kept:
             raise DataError(unreadable_message(ids[part], failures[part], part))
         parts[part] = ImageData(
-            torch.from_numpy(pixels[part]),
+            pixels[part],
             torch.tensor([found_rows[i][1] for i in kept]),
             tuple(classes),
             tuple(ids[part][i] for i in kept),

@@ -6,7 +6,7 @@ This module imports neither torch nor Pillow until images are asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .containers import LoadedImages
 
 OnUnreadable = Literal["error", "skip"]
+CacheUse = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def load_images(
     on_unreadable: OnUnreadable = "error",
     test_fraction: float | None = None,
     test_seed: int = 0,
+    cache: CacheUse = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedImages:
     """Reads a data source whole, uncut.
 
@@ -192,6 +195,9 @@ def load_images(
             says so in the notes.
         test_fraction: for a folder without a test part: the share of images that is put aside as one (0.2).
         test_seed: for ``digits`` and a folder without a test part: which images those are.
+        cache: for a folder: whether its images are decoded once into a memory-mapped file (see
+            :func:`krdistill.data.folder.load_folder`).
+        on_progress: called with the images decoded into that file so far and their number.
 
     Returns:
         ``(train, test, val, notes)``; ``val`` is None unless a folder has both a test and a validation part.
@@ -214,8 +220,12 @@ def load_images(
             on_unreadable=on_unreadable,
             test_fraction=test_fraction,
             test_seed=test_seed,
+            cache=cache,
+            on_progress=on_progress,
         )
     info = source_info(str(source))
+    if cache == "always":
+        raise ArgumentError(f"cache 'always' does not apply to {info.name}, which is read into memory; use 'auto'.")
     if test_fraction is not None:
         raise ArgumentError(f"test_fraction does not apply to {info.name}, which has a test part of its own.")
     if info.name == "tiny-imagenet":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..errors import ArgumentError, DataError
 from .containers import DataBundle, ImageData, first_few
 from .long_tail import Profile, largest_n_max, long_tail_counts, long_tail_indices
 from .selection import choose
-from .sources import OnUnreadable, load_images
+from .sources import CacheUse, OnUnreadable, load_images
 
 # Above this ratio of largest to smallest class the data count as unequal, and a default n_max would be a guess.
 _BALANCED = 2.0
@@ -33,6 +34,8 @@ def load_data(
     empty: Literal["error", "drop"] = "error",
     test_fraction: float | None = None,
     test_seed: int = 0,
+    cache: CacheUse = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> DataBundle:
     """Reads a source, cuts its training part long-tailed, and puts a validation part aside.
 
@@ -55,6 +58,8 @@ def load_data(
         empty: ``drop`` leaves classes without a training image out, in every part; by default they are an error.
         test_fraction: see :func:`krdistill.data.load_images`.
         test_seed: see :func:`krdistill.data.load_images`.
+        cache: see :func:`krdistill.data.load_images`; the parts are the same with and without.
+        on_progress: see :func:`krdistill.data.load_images`.
 
     Returns:
         The parts. Their ``split`` records every argument that defines them, ``n_max`` resolved, with counts, notes
@@ -75,6 +80,8 @@ def load_data(
         on_unreadable=on_unreadable,
         test_fraction=test_fraction,
         test_seed=test_seed,
+        cache=cache,
+        on_progress=on_progress,
     )
     if val is not None and (val_fraction or val_per_class):
         raise ArgumentError(f"{train.name} has a validation part of its own; leave val_fraction and val_per_class out.")

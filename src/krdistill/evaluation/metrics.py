@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from .._checks import check_integer, check_labels, check_logits
+from .._torchvision import prepare_for_torchvision
 from ..errors import ArgumentError
 from ..priors import ClassGroups
 
@@ -238,6 +238,9 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, bins: int = 15)
 def _ece(confidence: Tensor, correct: Tensor, bins: int) -> float:
     """Top-label calibration error: the binary one of "the prediction is right" at its confidence."""
     below_one = confidence.clamp(max=1.0 - 2.0**-53)
+    prepare_for_torchvision()
+    from torchmetrics.functional.classification import binary_calibration_error
+
     return float(binary_calibration_error(below_one, correct.long(), n_bins=bins, norm="l1", validate_args=False))
 
 

@@ -1,4 +1,4 @@
-"""Networks of ours with another last layer than the family's own, rebuilt from plain data."""
+"""Networks, ours and others', with another last layer than their own where asked; rebuilt from plain data."""
 
 from __future__ import annotations
 
@@ -21,22 +21,31 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
     """A network from its architecture, as plain data.
 
     Args:
-        architecture: the arguments of :func:`~krdistill.models.create_model`, and optionally ``head`` (``linear``,
-            ``cosine`` for margins, ``etf`` for fixed anchors) and ``reuse`` (``teacher_dim`` and ``factor`` of a
-            teacher's classifier that takes the head's place).
+        architecture: the arguments of :func:`~krdistill.models.create_model` (of another library's network: what
+            :func:`~krdistill.models.foreign.create_foreign` left), and optionally ``head`` (``linear``, ``cosine`` for
+            margins, ``etf`` for fixed anchors), ``tap`` (the name of the layer it replaces) and ``reuse``
+            (``teacher_dim`` and ``factor`` of a teacher's classifier that takes the head's place).
         seed: of the weights.
 
     Raises:
         ModelError: an unknown network, head or key.
+        MissingDependencyError: the network's library is not installed.
     """
     own = dict(architecture)
-    head, reuse = own.pop("head", "linear"), own.pop("reuse", None)
-    unknown = set(own) - {"name", "num_classes", "in_channels", "image_size"}
-    if unknown or head not in HEADS:
+    head, tap, reuse = own.pop("head", "linear"), own.pop("tap", "head"), own.pop("reuse", None)
+    foreign = ":" in str(own.get("name"))
+    known = {"name", "num_classes", "in_channels", "image_size"} | ({"config"} if foreign else set())
+    if set(own) - known or head not in HEADS:
         raise ModelError(f"Expected a network with a head of {', '.join(HEADS)}, got {dict(architecture)!r}.")
-    backbone: nn.Module = create_model(**own, seed=seed)
+    backbone: nn.Module
+    if foreign:
+        from .foreign import rebuild_foreign
+
+        backbone = rebuild_foreign(own, seed=seed)
+    else:
+        backbone = create_model(**own, seed=seed)
     if head != "linear":
-        replace_head(backbone, head, seed=seed or 0)
+        replace_head(backbone, head, tap, seed=seed or 0)
     if reuse is not None:
         teacher_head = nn.Linear(int(reuse["teacher_dim"]), int(own["num_classes"]))
         with forked(seed or 0, "projector"):
@@ -44,12 +53,21 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
     return backbone
 
 
-def replace_head(backbone: nn.Module, head: str, *, seed: int = 0) -> None:
-    """Puts another last layer in, in place: ``cosine`` or ``etf``."""
-    old = backbone.head
-    assert isinstance(old, nn.Linear)
+def replace_head(backbone: nn.Module, head: str, name: str = "head", *, seed: int = 0) -> None:
+    """Puts another last layer in, in place of the linear one of this name: ``cosine`` or ``etf``.
+
+    Raises:
+        ModelError: the layer is no linear one.
+    """
+    parent, _, leaf = name.rpartition(".")
+    holder = backbone.get_submodule(parent)
+    old = getattr(holder, leaf, None)
+    if not isinstance(old, nn.Linear):
+        raise ModelError(f"A head of {head!r} takes the place of a linear layer; {name!r} is {type(old).__name__}.")
+    new: nn.Module
     if head == "etf":
-        backbone.head = ETFHead(old.in_features, old.out_features, seed=derive_seed(seed, "anchors") % 2**31)
-        return
-    with forked(seed, "head"):
-        backbone.head = NormedLinear(old.in_features, old.out_features, scale=30.0)
+        new = ETFHead(old.in_features, old.out_features, seed=derive_seed(seed, "anchors") % 2**31)
+    else:
+        with forked(seed, "head"):
+            new = NormedLinear(old.in_features, old.out_features, scale=30.0)
+    setattr(holder, leaf, new)

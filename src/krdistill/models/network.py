@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import KrdistillError, ModelError
+from ..files import replacing, write_json
 from ..outputs import Outputs
-from .assemble import assemble
+from .assemble import assemble, replace_head
+from .ensemble import Ensemble
+from .graphs import load_graph
+from .heads import answer_of, find_head, width
+from .registry import parse_model
+from .weights import load_weights
 
+_PART = 1024
 _WEIGHTS, _CARD = "model.safetensors", "network.json"
 
 
 class Network(nn.Module):
     """Wraps any classifier with what it needs to be used alone.
 
-    The feature is the input of the last linear layer. A backbone that has ``forward_features`` and ``head`` is asked
-    directly; of any other, the input of its last :class:`torch.nn.Linear` (or the one named by ``head``) is recorded.
+    The feature is the input of the classifier layer. A backbone of krdistill's own is asked for it directly; of any
+    other it is recorded on the way (:func:`~krdistill.models.heads.find_head` says which layer that is). Where the
+    classifier is a 1x1 convolution, the feature is the mean of its input over positions. A backbone that has
+    ``answer`` gives logits and feature itself (a file, an ensemble).
 
     Args:
         backbone: a module from float images ``(B, C, H, W)`` to logits ``(B, K)``.
         class_names: K names, in the order of the logits.
         mean: per-channel mean of images in [0, 1], ``(C,)``.
         std: per-channel standard deviation, ``(C,)``.
-        image_size: (H, W) of its input.
-        head: dotted name of the last linear layer, where the last one found is not the classifier.
+        image_size: (H, W) of the images it is given.
+        input_size: (H, W) that the backbone works at; images of another size are resized (bilinear, antialiased
+            where they shrink). None leaves them as they are.
+        channels: of the images, where not as many as ``mean`` has: grey images (1) are repeated over its channels.
+        head: dotted name of the classifier layer, where it is not to be searched for.
         architecture: what :func:`~krdistill.models.assemble.assemble` rebuilds the backbone from.
+        notes: what a person should know of how it was made, a sentence each.
 
     Raises:
         ModelError: no linear layer, an unknown ``head``, or a class count that differs from the layer's width.
@@ -50,25 +62,47 @@ class Network(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         image_size: tuple[int, int],
+        input_size: tuple[int, int] | None = None,
+        channels: int | None = None,
         head: str | None = None,
         architecture: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ModelError(f"Expected a mean and a positive std per channel, got mean {mean} and std {std}.")
+        if channels not in (None, 1, len(mean)):
+            raise ModelError(
+                f"The network takes images of {len(mean)} channel(s), the data have {channels}. "
+                "Give a network for as many channels; only grey images are repeated."
+            )
         self.backbone = backbone
         self.class_names = tuple(class_names)
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.input_size = None if input_size is None else (int(input_size[0]), int(input_size[1]))
+        self.channels = len(mean) if channels is None else channels
         self.architecture = dict(architecture) if architecture is not None else None
-        self.head_name, layer = _find_head(backbone, head)
-        if layer.out_features != len(self.class_names):
+        self.notes = tuple(notes)
+        self.answers = hasattr(backbone, "answer")
+        if self.answers:
+            known: Any = backbone
+            self.head_name, outputs, self.feature_dim = "", int(known.num_classes), int(known.feature_dim)
+        else:
+            size, C = self.input_size or self.image_size, len(mean)
+            self.head_name, layer = find_head(
+                backbone, head, len(self.class_names), lambda: _noise(C, size).to(_device(backbone))
+            )
+            outputs = width(layer)
+            self.feature_dim = int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+        if outputs != len(self.class_names):
             raise ModelError(
-                f"The network answers {layer.out_features} classes (layer {self.head_name!r}) but "
+                f"The network answers {outputs} classes (layer {self.head_name!r}) but "
                 f"{len(self.class_names)} class names were given. Give a network with {len(self.class_names)} outputs, "
                 "or the names of its own classes."
             )
-        self.feature_dim = int(layer.in_features)
-        self.direct = head is None and hasattr(backbone, "forward_features") and hasattr(backbone, "head")
+        self.direct = self.head_name == "head" and all(
+            hasattr(backbone, name) for name in ("forward_maps", "forward_features", "pool")
+        )
         shape = (1, len(mean), 1, 1)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape))
@@ -78,18 +112,23 @@ class Network(nn.Module):
         return len(self.class_names)
 
     @property
-    def channels(self) -> int:
-        return int(self.mean.shape[1])
+    def parameter_count(self) -> int:
+        return int(getattr(self.backbone, "parameter_count", 0)) or sum(p.numel() for p in self.backbone.parameters())
 
     @property
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.backbone.parameters())
+    def has_feature(self) -> bool:
+        """Whether it gives a feature; of a file where none was found, the logits stand in for it."""
+        return bool(getattr(self.backbone, "has_feature", True))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images, or float images in [0, 1], to normalised float32."""
+        """uint8 images, or float images in [0, 1], to normalised float32 of the backbone's size and channels."""
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ModelError(f"Expected images of shape (B, {self.channels}, H, W), got {tuple(images.shape)}.")
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
-        return (images - self.mean) / self.std
+        if self.input_size is not None and (images.shape[2], images.shape[3]) != self.input_size:
+            images = resize(images, self.input_size)
+        return (images - self.mean) / self.std  # grey images meet several means: they are repeated
 
     @property
     def map_channels(self) -> tuple[int, ...]:
@@ -110,6 +149,8 @@ class Network(nn.Module):
             stages = self.backbone.forward_maps(x)  # type: ignore[operator]
             feature = self.backbone.pool(stages[-1])  # type: ignore[operator]
             return Outputs(self.backbone.head(feature), feature, stages)  # type: ignore[operator]
+        if self.answers:
+            return Outputs(*self.backbone.answer(x))  # type: ignore[operator]
         if self.direct:
             feature = self.backbone.forward_features(x)  # type: ignore[operator]
             return Outputs(self.backbone.head(feature), feature)  # type: ignore[operator]
@@ -117,9 +158,11 @@ class Network(nn.Module):
         layer = self.backbone.get_submodule(self.head_name)
         handle = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         try:
-            logits = self.backbone(x)
+            logits = answer_of(self.backbone(x))
         finally:
             handle.remove()
+        if len(seen) == 1 and seen[0].ndim == 4 and isinstance(layer, nn.Conv2d):
+            seen = [seen[0].mean((2, 3))]
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(seen) != 1 or seen[0].ndim != 2:
             raise ModelError(
                 f"Expected logits (B, K) and one feature (B, D) at layer {self.head_name!r}, got "
@@ -136,6 +179,8 @@ class Network(nn.Module):
             "mean": [float(v) for v in self.mean.flatten()],
             "std": [float(v) for v in self.std.flatten()],
             "image_size": list(self.image_size),
+            "input_size": list(self.input_size) if self.input_size is not None else None,
+            "channels": self.channels,
             "head": self.head_name,
             "feature_dim": self.feature_dim,
             "parameters": self.parameter_count,
@@ -146,11 +191,17 @@ def build_network(
     model: str, *, class_names: Sequence[str], head: str = "linear", images: Tensor | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, image_size: tuple[int, int] | None = None, seed: int = 0,
+    weights: str | None = None, tap: str | None = None,
 ) -> Network:  # fmt: skip
-    """A network of ours by name, normalised for the given training images.
+    """A network by name, ready for the given training images.
+
+    A network with fresh weights is normalised by the training images and works at their size (at its own, where it
+    cannot). One of another library with given weights keeps the normalisation and the input size it was trained with,
+    where they are known, and resizes inside. What was decided is in ``network.notes``.
 
     Args:
-        model: a name of ``krdistill list models``.
+        model: a name of ``krdistill list models``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``, or
+            ``module:package.path:factory``; options may follow, as in ``timm:resnet18?weights=pretrained&tap=fc``.
         class_names: K names.
         head: the last layer: ``linear``, ``cosine`` (for margin losses) or ``etf`` (fixed anchors).
         images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given.
@@ -158,27 +209,66 @@ def build_network(
         std: per channel.
         image_size: (H, W).
         seed: of the initial weights.
+        weights: ``none``, ``pretrained``, or a file of weights (safetensors, or torch's, read without unpickling); a
+            classifier layer of another width in it is left out, and said so.
+        tap: name of the classifier layer, where the one found by itself is not the one.
+
+    Raises:
+        ModelError: an unknown name, weights that cannot be had or do not fit, or no classifier layer.
+        MissingDependencyError: the network's library is not installed.
     """
+    asked = parse_model(model, weights=weights, tap=tap)
     if images is not None:
         measured_mean, measured_std = channel_statistics(images)
         mean, std = mean or measured_mean, std or measured_std
         image_size = image_size or (int(images.shape[1]), int(images.shape[2]))
     if mean is None or std is None or image_size is None:
         raise ModelError("Expected training images, or mean, std and image_size; got neither.")
-    sizes = {"num_classes": len(class_names), "in_channels": len(mean), "image_size": image_size[0]}
-    arguments: dict[str, Any] = {"name": model, **sizes}
+    given: dict[str, Any] = {"class_names": class_names, "image_size": image_size}
+    if asked.origin:
+        from .foreign import create_foreign
+
+        made = create_foreign(asked, class_names=class_names, channels=len(mean), image_size=image_size, seed=seed)
+        architecture = made.architecture
+        given |= {"channels": len(mean), "input_size": made.input_size, "notes": made.notes, "head": made.tap}
+        repeated = architecture["in_channels"] // len(mean)  # grey images for a network of several channels
+        mean, std, backbone = made.mean or [*mean] * repeated, made.std or [*std] * repeated, made.backbone
+        if head != "linear":
+            name, _ = find_head(backbone, made.tap, len(class_names))
+            replace_head(backbone, head, name, seed=seed)
+            architecture, given["head"] = {**architecture, "head": head, "tap": name}, name
+        return Network(backbone, mean=mean, std=std, architecture=architecture, **given)
+    architecture = {
+        "name": asked.name, "num_classes": len(class_names), "in_channels": len(mean), "image_size": image_size[0]
+    }  # fmt: skip
     if head != "linear":
-        arguments["head"] = head
-    backbone = assemble(arguments, seed=seed)
-    return Network(backbone, class_names=class_names, mean=mean, std=std, image_size=image_size, architecture=arguments)
+        architecture["head"] = head
+    backbone = assemble(architecture, seed=seed)
+    if asked.weights == "pretrained":
+        raise ModelError(
+            f"There are no pretrained weights for krdistill's own {asked.name!r}. Give a file as weights, or none."
+        )
+    if asked.weights != "none":
+        given["notes"] = load_weights(backbone, asked.weights, head="head", class_names=class_names)
+    return Network(backbone, mean=mean, std=std, head=asked.tap, architecture=architecture, **given)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Float images ``(B, C, H, W)`` to another size: bilinear, over all pixels that a new one covers (antialiased)."""
+    shrinks = images.shape[2] > size[0] or images.shape[3] > size[1]
+    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of uint8 images ``(N, H, W, C)``, on the scale [0, 1]."""
+    channels = images.shape[3]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for part in images.split(_PART):  # a set on the disk is read once, and never held as a whole
+        for c in range(channels):
+            counts[c] += torch.bincount(part[..., c].reshape(-1).to(torch.int32), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
-    for c in range(images.shape[3]):
-        histogram = torch.bincount(images[..., c].reshape(-1).to(torch.int32), minlength=256).to(torch.float64)
-        levels = torch.arange(256, dtype=torch.float64) / 255
+    for histogram in counts.to(torch.float64):
         m = float((histogram * levels).sum() / histogram.sum())
         v = float((histogram * (levels - m) ** 2).sum() / histogram.sum())
         mean.append(m)
@@ -186,56 +276,153 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def save_network(network: Network, folder: Path) -> None:
-    """Writes ``model.safetensors`` and ``network.json``, each beside its place and then renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in network.backbone.state_dict().items()}
-    temporary = folder / f".{_WEIGHTS}.part"
-    save_file(state, temporary)
-    os.replace(temporary, folder / _WEIGHTS)
-    temporary = folder / f".{_CARD}.part"
-    temporary.write_text(json.dumps(network.card(), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / _CARD)
+def file_network(path: Path, *, class_names: Sequence[str], images: Tensor, tap: str | None = None) -> Network:
+    """A trained network that comes as an ``.onnx`` or ``.pt2`` file, to be a teacher (see :mod:`.graphs`).
 
-
-def load_network(folder: Path, *, backbone: nn.Module | None = None) -> Network:
-    """Reads what :func:`save_network` wrote.
+    What the file says of class names, normalisation and image size is taken; of what it does not say, the data's is
+    assumed and said so in ``notes``. A file that takes uint8 images normalises them itself.
 
     Args:
-        folder: the folder that holds ``model.safetensors`` and ``network.json``.
-        backbone: the module to load the weights into, where the network was not one of ours.
+        path: the file.
+        class_names: the data's K names.
+        images: training images uint8 ``(N, H, W, C)``.
+        tap: name of the tensor that is the feature, where it is not found.
 
     Raises:
-        ModelError: the folder holds no network, a damaged one, or one that needs ``backbone``.
+        ModelError: no such file, a damaged one, or one for other images or another number of classes.
+        MissingDependencyError: an ONNX file, and the ``onnx`` extra is not installed.
     """
-    missing = [name for name in (_WEIGHTS, _CARD) if not (folder / name).is_file()]
-    if missing:
+    _, H, W, C = images.shape
+    graph = load_graph(path, tap=tap, fallback=(C, H, W))
+    card, notes = graph.facts.card, []
+    names = card.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = list(class_names)
+        notes.append(f"{path.name} names no classes: they are taken to be the data's {len(names)}, in their order.")
+    if graph.num_classes != len(names):
         raise ModelError(
-            f"No network in {folder}: {' and '.join(missing)} missing. Expected a folder of a finished run."
+            f"{path} answers {graph.num_classes} classes, {'it names' if not notes else 'the data have'} {len(names)}. "
+            "Give a network that was trained on the data's classes."
         )
+    mean, std = card.get("mean") or [], card.get("std") or []
+    if graph.facts.dtype == torch.uint8:
+        mean, std = [0.0] * graph.channels, [1.0] * graph.channels
+    elif not (_numbers(mean, graph.channels) and _numbers(std, graph.channels)):
+        mean, std = channel_statistics(images)
+        repeated = graph.channels // C if C == 1 else 1
+        mean, std = mean * repeated, std * repeated
+        notes.append(f"{path.name} says no normalisation: the data's mean and standard deviation are taken.")
+    size = graph.facts.image_size
+    if size is not None and size != (H, W):
+        notes.append(f"{path.name}: images of {H}x{W} are resized to {size[0]}x{size[1]} for it.")
+    if not graph.has_feature:
+        notes.append(f"{path.name}: no feature was found in it; recipes that need predictions alone can be used.")
+    return Network(
+        graph, class_names=names, mean=mean, std=std, image_size=(H, W), input_size=size, channels=C,
+        architecture=graph.architecture, notes=notes,
+    )  # fmt: skip
+
+
+def ensemble(networks: Sequence[Network]) -> Network:
+    """Several networks as one (see :class:`~krdistill.models.ensemble.Ensemble`), to be a teacher; one stays as it is.
+
+    Raises:
+        ModelError: none, or networks of other classes, image sizes or channels than the first's.
+    """
+    if len(networks) == 1:
+        return networks[0]
+    together = Ensemble(networks)
+    first = networks[0]
+    names = [str((n.architecture or {}).get("name", type(n.backbone).__name__)) for n in networks]
+    return Network(
+        together,
+        class_names=first.class_names,
+        mean=[0.0] * first.channels,
+        std=[1.0] * first.channels,
+        image_size=first.image_size,
+        architecture={"name": " + ".join(names), "members": len(networks)},
+        notes=[note for network in networks for note in network.notes],
+    )
+
+
+def save_network(network: Network, folder: Path) -> None:
+    """Writes ``network.json`` and the weights (``model.safetensors``), each beside its place and then renamed.
+
+    Of a network that came as a file, that file is copied; the members of an ensemble get folders of their own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(network.backbone, Ensemble):
+        for i, member in enumerate(network.backbone.networks):
+            save_network(member, folder / f"member-{i}")  # type: ignore[arg-type]
+    elif hasattr(network.backbone, "copy_to"):
+        network.backbone.copy_to(folder)  # type: ignore[operator]
+    else:
+        # A copy: tensors that share memory, as tied layers do, cannot be written as one.
+        state = {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in network.backbone.state_dict().items()
+        }
+        with replacing(folder / _WEIGHTS) as part:
+            save_file(state, part)
+    write_json(folder / _CARD, network.card())
+
+
+def load_network(
+    folder: Path, *, backbone: nn.Module | None = None, allow_factories: bool | Collection[str] = False
+) -> Network:
+    """Reads what :func:`save_network` wrote. Nothing is unpickled, and no module is imported unless that is allowed.
+
+    Args:
+        folder: the folder that holds ``network.json`` and the weights.
+        backbone: the module to load the weights into, where the network was not made by name.
+        allow_factories: whether a network that was made by ``module:package.path:factory`` may import that module:
+            True, or the names that may. A card is a text that a stranger may have written; importing runs code.
+
+    Raises:
+        ModelError: the folder holds no network, a damaged one, or one that needs ``backbone`` or
+            ``allow_factories``.
+        MissingDependencyError: the network's library is not installed.
+    """
+    if not (folder / _CARD).is_file():
+        raise ModelError(f"No network in {folder}: {_CARD} missing. Expected a folder of a finished run.")
     try:
         card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        state = load_file(folder / _WEIGHTS)
         architecture = card["architecture"]
         size = (int(card["image_size"][0]), int(card["image_size"][1]))
-    except (ValueError, KeyError, TypeError, IndexError, SafetensorError, OSError) as error:
+        name = str((architecture or {}).get("name"))
+        own = bool(architecture) and ":" not in name
+        arguments: dict[str, Any] = {
+            "class_names": card["class_names"], "mean": card["mean"], "std": card["std"], "image_size": size,
+            "input_size": card.get("input_size"), "channels": card.get("channels"), "architecture": architecture,
+        }  # fmt: skip
+        if architecture and "file" in architecture:
+            fallback = (int(card["channels"]), *size)
+            graph = load_graph(folder / Path(architecture["file"]).name, tap=architecture["tap"], fallback=fallback)
+            return Network(graph, **arguments)
+        if architecture and "members" in architecture:
+            members = [folder / f"member-{i}" for i in range(int(architecture["members"]))]
+            return ensemble([load_network(m, allow_factories=allow_factories) for m in members])
+        if not (folder / _WEIGHTS).is_file():
+            raise ModelError(f"No network in {folder}: {_WEIGHTS} missing. Expected a folder of a finished run.")
+        state = load_file(folder / _WEIGHTS)
+        arguments["head"] = None if own else card["head"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError, OSError) as error:
+        if isinstance(error, KrdistillError):
+            raise
         raise ModelError(f"The network in {folder} is damaged: {error}. Train it again, or copy it again.") from None
     if backbone is None:
         if architecture is None:
             raise ModelError(
-                f"The network in {folder} was not one of krdistill's own; "
-                "give the module: load_network(folder, backbone=...)."
+                f"The network in {folder} was not made by name; give the module: load_network(folder, backbone=...)."
+            )
+        allowed = allow_factories if isinstance(allow_factories, bool) else name in allow_factories
+        if name.startswith("module:") and not allowed:
+            raise ModelError(
+                f"The network in {folder} is made by {name!r}, and making it would import and run that module. If you "
+                f"trust it: load_network(folder, allow_factories=True), or --teacher.model {name} in a run."
             )
         backbone = assemble(architecture)
-    network = Network(
-        backbone,
-        class_names=card["class_names"],
-        mean=card["mean"],
-        std=card["std"],
-        image_size=size,
-        head=None if architecture is not None else card["head"],
-        architecture=architecture,
-    )
+    network = Network(backbone, **arguments)
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -243,20 +430,84 @@ def load_network(folder: Path, *, backbone: nn.Module | None = None) -> Network:
     return network
 
 
-def _find_head(backbone: nn.Module, head: str | None) -> tuple[str, nn.Linear]:
-    linears = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
-    if head is not None:
-        if head not in linears:
-            raise ModelError(f"No linear layer {head!r} in the network. Linear layers: {', '.join(linears) or 'none'}.")
-        return head, linears[head]
-    if "head" in linears and hasattr(backbone, "forward_features"):
-        return "head", linears["head"]
-    if not linears:
+def probe(network: Network, *, what: str = "The network") -> None:
+    """Shows a network a batch of two images, before hours are spent on it.
+
+    Raises:
+        ModelError: it cannot work at its size, answers another number of classes, or answers numbers that are not
+            finite; the message names what went in, what came out and what to do.
+    """
+    H, W = network.image_size
+    images = _noise(network.channels, (H, W)).sigmoid()
+    seen = f"images of {H}x{W} with {network.channels} channel(s)"
+    if network.input_size is not None and network.input_size != (H, W):
+        seen += f", resized to {network.input_size[0]}x{network.input_size[1]}"
+    modes = {module: module.training for module in network.modules()}
+    device = network.mean.device
+    try:
+        with torch.no_grad():
+            out = network.eval()(images.to(device))
+    except KrdistillError:
+        raise
+    except Exception as error:  # whatever a foreign network raises
         raise ModelError(
-            f"Expected a classifier that ends in a linear layer, got {type(backbone).__name__} without one."
+            f"{what} cannot answer {seen}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r} "
+            "Set data.image_size to a size it takes, or take another network."
+        ) from None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    K, D = network.num_classes, network.feature_dim
+    if tuple(out.logits.shape) != (2, K) or tuple(out.feature.shape) != (2, D):
+        raise ModelError(
+            f"{what} gives logits {tuple(out.logits.shape)} and features {tuple(out.feature.shape)} of two {seen}; "
+            f"expected (2, {K}) and (2, {D}). Give a network with {K} outputs, or name its classifier layer with tap."
         )
-    name = list(linears)[-1]
-    return name, linears[name]
+    if not bool(out.logits.isfinite().all() and out.feature.isfinite().all()):
+        raise ModelError(f"{what} answers {seen} with numbers that are not finite. Check its weights.")
+
+
+def check_needs(
+    recipe: str, needs: Collection[str], options: Any, *, student: Network, teacher: Network | None
+) -> None:
+    """Refuses a recipe that asks networks for what they do not show, before anything is trained.
+
+    Args:
+        recipe: its name.
+        needs: :attr:`krdistill.recipes.Recipe.needs`.
+        options: its options; a ``feature_weight`` of 0 asks for no features.
+        student: what will be trained.
+        teacher: what it learns from, or None.
+
+    Raises:
+        ModelError: stages (maps) of a network that is not krdistill's own, or features of a file that gives none.
+    """
+    for who, network in (("student", student), ("teacher", teacher)):
+        if network is None:
+            continue
+        if "maps" in needs and not network.map_channels:
+            raise ModelError(
+                f"The recipe {recipe!r} needs the stages of both networks, but the {who} "
+                f"({(network.architecture or {}).get('name', type(network.backbone).__name__)}) does not show them; "
+                "krdistill's own networks do. Take one, or a recipe that uses predictions or features."
+            )
+        if "features" in needs and getattr(options, "feature_weight", 1) > 0 and not network.has_feature:
+            raise ModelError(
+                f"The recipe {recipe!r} needs the {who}'s features, and none was found in its file. Name the tensor "
+                "that holds them with teacher.tap, or take a recipe that needs predictions alone, such as kd or ltkd."
+            )
+
+
+def _noise(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(isinstance(v, (int, float)) for v in values)
 
 
 def _shape(value: Any) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from ..errors import ModelError, unknown_name
 from ..recipes import Source
@@ -22,7 +23,68 @@ if TYPE_CHECKING:
     from .backbone import Backbone
 
 SMALLEST_IMAGE = 8
+ORIGINS = ("timm", "torchvision", "hf", "module")
 _HINT = "`krdistill list models` shows them all."
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """What a network is asked for by, as written in one text: ``NAME``, ``NAME?weights=W``, ``NAME?weights=W&tap=T``.
+
+    Attributes:
+        name: one of krdistill's own names, or ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``,
+            ``module:package.path:factory``.
+        weights: ``none`` (fresh ones), ``pretrained`` (of the network's own library), or a file that holds them.
+        tap: dotted name of the last layer, whose input is the feature, where it is not to be found by itself.
+    """
+
+    name: str
+    weights: str = "none"
+    tap: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """Whose network it is: one of :data:`ORIGINS`, or the empty text for krdistill's own."""
+        before, colon, _ = self.name.partition(":")
+        return before if colon else ""
+
+    def __str__(self) -> str:
+        options = {"weights": self.weights if self.weights != "none" else None, "tap": self.tap}
+        given = "&".join(f"{k}={quote(v, safe='/:~')}" for k, v in options.items() if v)
+        return f"{self.name}?{given}" if given else self.name
+
+
+def parse_model(text: str, *, weights: str | None = None, tap: str | None = None) -> ModelName:
+    """Takes a network's name apart, without importing anything of the network's.
+
+    Args:
+        text: as in :class:`ModelName`.
+        weights: where not in the text.
+        tap: where not in the text.
+
+    Raises:
+        ModelError: no network of ours, no such origin, or an option that there is not.
+    """
+    if not isinstance(text, str):
+        raise ModelError(f"Expected the name of a network, got {text!r}. {_HINT}")
+    name, _, query = text.partition("?")
+    options = {"weights": weights, "tap": tap}
+    for part in query.split("&") if query else ():
+        key, _, value = part.partition("=")
+        if key not in options or not value:
+            raise ModelError(f"Network {text!r}: expected {name}?weights=...&tap=..., got {part!r}.")
+        options[key] = unquote(value)
+    found = ModelName(name, options["weights"] or "none", options["tap"])
+    if not found.origin:
+        model_info(name)
+    elif found.origin not in ORIGINS or not name.partition(":")[2]:
+        raise ModelError(
+            f"Unknown network {name!r}: expected a name of krdistill's own or one after "
+            f"{', '.join(origin + ':' for origin in ORIGINS)}, such as timm:resnet18. {_HINT}"
+        )
+    elif found.origin == "module" and name.count(":") != 2:
+        raise ModelError(f"Network {name!r}: expected module:package.path:factory, such as module:mynets.small:build.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,6 +129,8 @@ def model_info(name: str) -> ModelInfo:
     """
     if not isinstance(name, str):
         raise ModelError(f"Expected the name of a network, got {name!r}. {_HINT}")
+    if ":" in name or "?" in name:
+        raise ModelError(f"{name!r} is none of krdistill's own networks; build_network makes it. {_HINT}")
     key = _key(name)
     if key in _LISTED:
         return _LISTED[key]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
 from ..outputs import Outputs
+from .ensemble import class_order as class_order
 from .network import Network
 
 
@@ -48,25 +48,3 @@ class Teacher(nn.Module):
                 logits = logits[:, self.order]
         # Tensors made in inference mode cannot be saved for a backward pass; a copy of these small ones can.
         return Outputs(logits.clone(), feature.clone(), tuple(m.clone() for m in stages))
-
-
-def class_order(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
-    """For each of our classes, the position of the same class among theirs.
-
-    Raises:
-        ModelError: the two sets of names differ.
-    """
-    if len(theirs) != len(ours):
-        raise ModelError(
-            f"The teacher knows {len(theirs)} classes, the data have {len(ours)}. "
-            "Give a teacher that was trained on the data's classes."
-        )
-    position = {name: i for i, name in enumerate(theirs)}
-    lost = [name for name in ours if name not in position]
-    if lost:
-        raise ModelError(
-            f"{len(lost)} of the data's {len(ours)} classes are unknown to the teacher: "
-            f"{', '.join(map(repr, lost[:5]))}{' ...' if len(lost) > 5 else ''}. "
-            f"Its own are {', '.join(map(repr, list(theirs)[:5]))}{' ...' if len(theirs) > 5 else ''}."
-        )
-    return [position[name] for name in ours]

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..bank.answers import Answers
 from ..config import TrainConfig
 from ..data.augment import build_augmentation, mixup
 from ..data.containers import ImageData
-from ..errors import KrdistillError
+from ..data.feed import Feed
+from ..distributed import World, average_gradients, gather_rows, share, share_sizes, synchronise_batch_norm
+from ..errors import ConfigError, KrdistillError, ModelError
 from ..models.network import Network
+from ..objective import Objective
 from ..sampling import Sampling, epoch_order
 from .optim import build_optimizer, learning_rate
-from .task import Task, place
+from .task import StepOutput, Task, place
 
 
 class DivergedError(KrdistillError):
@@ -63,7 +67,13 @@ class Trainer:
         config: how.
         seed: of order, augmentation and mixup.
         device: where.
-        on_step: called with (steps done, steps in all) after every step.
+        answers: the teacher's stored answers, where it is not to be asked. The images then show the views that the
+            answers are about.
+        world: the processes that train together, each on its share of every batch.
+        on_step: called with (steps done, steps in all) after every step; it may ask for :meth:`state`.
+
+    Raises:
+        ModelError: stored answers that the objective cannot be trained with.
     """
 
     def __init__(
@@ -74,15 +84,22 @@ class Trainer:
         *,
         seed: int,
         device: torch.device,
+        answers: Answers | None = None,
+        world: World | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.task = task
+        self.task, self.world = task, world or World.alone()
+        task.world = self.world
         place(task, device)
         if task.teacher is not None:
             place(task.teacher, device)
         self.config, self.seed, self.device, self.on_step = config, seed, device, on_step
-        self.images = data.images.to(device)
-        self.labels = data.labels.to(device)
+        self.answers = answers if task.objective.needs_teacher else None
+        if self.answers is not None:
+            check_answers(self.answers, task.objective, config)
+        task.precision = training_precision(config.precision, device)
+        self.feed = Feed(data, device)
+        self.labels = data.labels
         self.num_classes = data.num_classes
         self.augment = build_augmentation(config.augmentation, data.image_size[0])
         self.optimizer = build_optimizer(config, task.parameters())
@@ -91,9 +108,19 @@ class Trainer:
             if config.ema > 0
             else None
         )
+        if config.compile != "none" and self.world.size > 1:
+            raise ConfigError("train.compile: compiled networks are trained by one process; set it to none.")
+        if config.compile != "none":  # after the average was made: a copy of a compiled module is not compiled
+            for network in (task.network, task.teacher if self.answers is None else None):
+                if network is not None:
+                    network.compile(mode=config.compile)
         self.sampler: Sampling = task.objective.sampler if config.sampler == "recipe" else config.sampler
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.epoch = 0
+        self.sums = self._nothing()
+        self.model: torch.nn.Module = task
+        if self.world.size > 1:
+            self._spread()
 
     @property
     def network(self) -> Network:
@@ -106,7 +133,7 @@ class Trainer:
         Their sizes differ by one at most, so that no batch of one or two images upsets batch normalisation.
         """
         order = epoch_order(
-            self.sampler, self.labels.cpu(), self.seed, epoch, progress=epoch / max(1, self.config.epochs - 1)
+            self.sampler, self.labels, self.seed, epoch, progress=epoch / max(1, self.config.epochs - 1)
         )
         return torch.tensor_split(order, self.steps_per_epoch)
 
@@ -115,56 +142,94 @@ class Trainer:
         while self.epoch < self.config.epochs:
             yield self.run_epoch()
 
-    def step(self, epoch: int, step: int, index: Tensor) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """One step: loss terms ``{name: (B,)}``, whether each image was answered rightly, and statistics."""
-        index = index.to(self.device)
-        images = self.images[index].permute(0, 3, 1, 2)
-        labels = self.labels[index]
+    def step(
+        self, epoch: int, step: int, index: Tensor, images: Tensor, labels: Tensor, *, total: int | None = None
+    ) -> StepOutput:
+        """One step.
+
+        Args:
+            epoch: from 0.
+            step: within the epoch, from 0.
+            index: row numbers ``(B,)``, on the device, as are the following.
+            images: uint8 ``(B, H, W, C)``.
+            labels: ``(B,)``.
+            total: with many processes, images of the whole batch: these are this process's :func:`share` of it, or the
+                whole batch where images are mixed.
+        """
+        sizes = share_sizes(total, self.world) if self.world.size > 1 and total is not None else None
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         progress = (epoch * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
-        images = self.augment(images, index, seed=self.seed, epoch=epoch)
+        replay = self.answers.replay(epoch) if self.answers is not None else None
+        seed, view = replay if replay is not None else (self.seed, epoch)
+        images = self.augment(images.permute(0, 3, 1, 2), index, seed=seed, epoch=view)
         if self.config.mixup > 0:
-            images, partner, share = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=epoch, step=step)
-            out = self.task.mixed(images, labels, labels[partner], share, index=index, progress=progress)
+            images, partner, weight = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=epoch, step=step)
+            own = (share(t, self.world) for t in (images, labels, labels[partner], index))  # partners may be elsewhere
+            images, labels, partners, index = own
+            out = self.model(
+                images, labels, index=index, progress=progress, partners=partners, share=weight, sizes=sizes
+            )
         else:
-            out = self.task(images, labels, index=index, progress=progress)
+            answer = self.answers.read(epoch, index, self.device) if self.answers is not None else None
+            out = self.model(images, labels, index=index, progress=progress, answer=answer, sizes=sizes)
         loss = out.terms.total().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.task.network)
-        with torch.no_grad():
-            terms = {name: value.detach() for name, value in out.terms.terms.items()}
-            correct = out.logits.argmax(1) == labels
-        return terms, correct, out.terms.stats
+        step_output: StepOutput = out
+        return step_output
+
+    def _spread(self) -> None:
+        """Makes this the training of one process among many."""
+        smallest = len(self.labels) // self.steps_per_epoch
+        share_sizes(smallest, self.world)  # refuses a batch with fewer images than processes
+        synchronise_batch_norm(self.task, self.world)
+
+        def probe(model: torch.nn.Module) -> Tensor:
+            rows = share(torch.arange(smallest), self.world)
+            index, images, labels = next(self.feed.run([rows]))
+            answer = self.answers.read(0, index, self.device) if self.answers is not None else None
+            sizes = share_sizes(smallest, self.world)
+            out = model(images.permute(0, 3, 1, 2), labels, index=index, progress=0.5, answer=answer, sizes=sizes)
+            loss: Tensor = out.terms.total().mean()
+            return loss
+
+        self.model = average_gradients(self.task, self.world, probe=probe)
+
+    def finish(self) -> None:
+        """Leaves the network as that of one process, to be saved or exported."""
+        synchronise_batch_norm(self.task, World.alone())
+        if self.average is not None:
+            synchronise_batch_norm(self.average, World.alone())
+        self.task.world = World.alone()
 
     def run_epoch(self) -> EpochRecord:
-        """Runs one epoch and measures it; nothing is read back from the device before its end."""
+        """Runs one epoch, or what is left of it, and measures it.
+
+        Nothing is read back from the device before its end.
+        """
         epoch, config = self.epoch, self.config
         self.task.train()
-        sums: dict[str, Tensor] = {}
-        stat_sums: dict[str, Tensor] = {}
-        right = torch.zeros((), device=self.device, dtype=torch.float64)
-        seen = torch.zeros(self.num_classes, device=self.device, dtype=torch.float64)
-        lr = config.lr
-        started = time.perf_counter()
-        for step, index in enumerate(self.batches(epoch)):
+        total = config.epochs * self.steps_per_epoch
+        started, before = time.perf_counter(), float(self.sums["seconds"])
+        left = self.batches(epoch)[int(self.sums["steps"]) :]
+        own = left if config.mixup > 0 else [share(batch, self.world) for batch in left]
+        fed = zip(left, self.feed.run(own), strict=True)
+        for step, (batch, (index, images, labels)) in enumerate(fed, start=int(self.sums["steps"])):
             done = epoch * self.steps_per_epoch + step
-            lr = learning_rate(config, (done + 1) / (config.epochs * self.steps_per_epoch + 1))
+            lr = learning_rate(config, (done + 1) / (total + 1))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            terms, correct, stats = self.step(epoch, step, index)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.sum(dtype=torch.float64)
-            labels = self.labels[index.to(self.device)]
-            seen.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-            for name, value in stats.items():
-                per_class = stat_sums.setdefault(name, torch.zeros_like(seen))
-                per_class.index_add_(0, labels, value.to(torch.float64))
-            right += correct.sum()
+            self._add(self.step(epoch, step, index, images, labels, total=len(batch)))
+            self.sums["steps"], self.sums["lr"] = step + 1, lr
+            self.sums["seconds"] = before + time.perf_counter() - started
             if self.on_step is not None:
-                self.on_step(done + 1, config.epochs * self.steps_per_epoch)
-        loss = {name: float(value) / len(self.labels) for name, value in sums.items()}
+                self.on_step(done + 1, total)
+        sums, count = self.sums, len(self.labels)
+        loss = {name: float(value) / count for name, value in sums["terms"].items()}
         loss["total"] = sum(loss.values())
         if not math.isfinite(loss["total"]):
             bad = [name for name, value in loss.items() if not math.isfinite(value) and name != "total"]
@@ -173,32 +238,88 @@ class Trainer:
                 f"Try a lower learning rate than {config.lr:g}, or more warm-up than {config.warmup:g} of the run."
             )
         self.epoch += 1
+        self.sums = self._nothing()
         return EpochRecord(
             epoch=self.epoch,
             epochs=config.epochs,
-            lr=lr,
-            seconds=time.perf_counter() - started,
+            lr=sums["lr"],
+            seconds=before + time.perf_counter() - started,
             loss=loss,
-            train_accuracy=float(right) / len(self.labels),
-            stats={name: (value / seen).tolist() for name, value in stat_sums.items()},
+            train_accuracy=float(sums["right"]) / count,
+            stats={name: (value / sums["seen"]).tolist() for name, value in sums["stats"].items()},
         )
 
+    def _nothing(self) -> dict[str, Any]:
+        """What an epoch adds up, before its first step."""
+        zero = torch.zeros((), device=self.device, dtype=torch.float64)
+        seen = torch.zeros(self.num_classes, device=self.device, dtype=torch.float64)
+        return {
+            "steps": 0, "lr": self.config.lr, "seconds": 0.0, "terms": {}, "stats": {}, "right": zero, "seen": seen,
+        }  # fmt: skip
+
+    def _add(self, out: StepOutput) -> None:
+        """Adds a step's measurements to the epoch's, on the device."""
+        sums, labels = self.sums, out.labels
+        with torch.no_grad():
+            for name, value in out.terms.terms.items():
+                sums["terms"][name] = sums["terms"].get(name, 0) + value.detach().sum(dtype=torch.float64)
+            sums["seen"].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+            for name, value in out.terms.stats.items():
+                per_class = sums["stats"].setdefault(name, torch.zeros_like(sums["seen"]))
+                per_class.index_add_(0, labels, value.to(torch.float64))
+            sums["right"] += (out.logits.argmax(1) == labels).sum()
+
     def state(self) -> dict[str, Any]:
-        """Everything that the epochs to come depend on; all randomness is a function of seed and epoch."""
+        """Everything that the steps to come depend on; all randomness is a function of seed, epoch and row."""
         return {
             "epoch": self.epoch,
+            "sums": self.sums,
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state` gave."""
+        """Goes on from what :meth:`state` gave, in the middle of an epoch too."""
         self.epoch = int(state["epoch"])
+        self.sums = _to(state["sums"], self.device)
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def check_answers(answers: Answers, objective: Objective, config: TrainConfig) -> None:
+    """Refuses stored answers that an objective cannot be trained with.
+
+    Raises:
+        ModelError: it needs maps, or features that are not stored, or the images are mixed.
+    """
+    problem = (
+        "needs the maps of the teacher's stages, which no bank holds"
+        if objective.needs_maps
+        else "needs the teacher's features, which are not among the stored answers"
+        if objective.needs_features and not answers.feature_dim
+        else "mixes images (mixup), which no stored answer is about"
+        if config.mixup > 0
+        else None
+    )
+    if problem:
+        raise ModelError(f"The training {problem}. Ask the teacher in every step (bank.views 0), or change that.")
+
+
+def training_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the networks' arithmetic: ``auto`` is bfloat16 on CUDA cards that have it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def collect_outputs(
@@ -207,21 +328,29 @@ def collect_outputs(
     *,
     device: torch.device,
     batch_size: int = 256,
+    world: World | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A network's answers to images as they are (no augmentation).
+    """A network's answers to images as they are (no augmentation); many processes ask for a share each.
 
     Returns:
         Logits ``(N, K)`` and features ``(N, D)``, float32 on the CPU.
     """
     place(network.eval(), device)
     logits, features = [], []
+    world, rows = world or World.alone(), torch.arange(len(data))
+    spread = 1 < world.size <= len(data)
+    own = share(rows, world) if spread else rows
     with torch.no_grad():
-        for start in range(0, len(data.labels), batch_size):
-            images = data.images[start : start + batch_size].to(device).permute(0, 3, 1, 2)
-            out = network(images)
+        for done in range(0, len(own), batch_size):
+            first, last = int(own[done]), int(own[min(done + batch_size, len(own)) - 1])
+            out = network(data.images[first : last + 1].to(device).permute(0, 3, 1, 2))
             logits.append(out.logits.float().cpu())
             features.append(out.feature.float().cpu())
             if on_step is not None:
-                on_step(min(start + batch_size, len(data.labels)), len(data.labels))
-    return torch.cat(logits), torch.cat(features)
+                on_step(min(done + batch_size, len(own)), len(own))
+    found = torch.cat(logits), torch.cat(features)
+    if spread:
+        sizes = share_sizes(len(data), world)
+        return gather_rows(found[0], sizes, world), gather_rows(found[1], sizes, world)
+    return found

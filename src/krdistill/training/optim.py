@@ -27,12 +27,17 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The configured optimiser; weight decay goes to every parameter, as in the field's CIFAR recipes."""
+    """The configured optimiser; weight decay goes to every parameter, as in the field's CIFAR recipes.
+
+    One fused kernel updates all parameters where the device has it (CPU, CUDA).
+    """
     trained = [p for p in parameters if p.requires_grad]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
-            trained, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
+            trained, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay, fused=fused
         )
     return torch.optim.SGD(
-        trained, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
-    )
+        trained, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+        weight_decay=config.weight_decay, fused=fused,
+    )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import World, gather_rows, gather_step, share_sizes
 from ..models.experts import Experts
 from ..models.network import Network
 from ..models.teacher import Teacher
@@ -16,10 +19,14 @@ from ..outputs import LossTerms, Outputs, Step
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step's loss terms (per sample) and the student's logits ``(B, K)``."""
+    """A step's loss terms (per sample), the student's logits ``(B, K)`` and the labels ``(B,)``.
+
+    With many processes they are about the whole batch, in every process.
+    """
 
     terms: LossTerms
     logits: Tensor
+    labels: Tensor
 
 
 class Task(nn.Module):
@@ -30,7 +37,7 @@ class Task(nn.Module):
     Args:
         network: what is trained.
         objective: what it is trained with; its projectors are trained too.
-        teacher: asked for every batch where the objective needs one.
+        teacher: asked for every batch where the objective needs one and no stored answer is given.
     """
 
     def __init__(self, network: Network, objective: Objective, teacher: Teacher | Experts | None = None) -> None:
@@ -38,13 +45,24 @@ class Task(nn.Module):
         self.network = network
         self.objective = objective
         self._teacher = [teacher] if teacher is not None and objective.needs_teacher else []
+        self.precision = torch.float32  # of both networks' arithmetic where it can be lower; losses are float32
+        self.world = World.alone()
 
     @property
     def teacher(self) -> Teacher | Experts | None:
         return self._teacher[0] if self._teacher else None
 
     def forward(
-        self, images: Tensor, labels: Tensor, *, index: Tensor | None = None, progress: float = 0.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        progress: float = 0.0,
+        answer: Outputs | None = None,
+        partners: Tensor | None = None,
+        share: Tensor | float = 1.0,
+        sizes: Sequence[int] | None = None,
     ) -> StepOutput:
         """Loss terms of a batch of images ``(B, C, H, W)``.
 
@@ -53,38 +71,37 @@ class Task(nn.Module):
             labels: shape ``(B,)``.
             index: row numbers of the images in the training set, ``(B,)``.
             progress: share of the training that is done.
+            answer: the teacher's stored answer; without one the teacher is asked.
+            partners: for images mixed with others, the labels of those, ``(B,)``: every term is then taken for both
+                labels.
+            share: weight of ``labels`` in the mix, in [0, 1]; ``partners`` have the rest.
+            sizes: with many processes, how many images of the whole batch each has; these are this one's.
         """
-        step = self._ask(images, labels, index, progress)
-        return StepOutput(self.objective(step), step.student.logits.detach())
+        maps, low = self.objective.needs_maps, self.precision != torch.float32
+        with torch.autocast(images.device.type, dtype=self.precision, enabled=low):
+            if answer is None and self.teacher is not None:
+                answer = self.teacher(images, maps=maps)
+            student = self.network(images, maps=maps)
+        own = Step(_float32(student), labels, None if answer is None else _float32(answer), index, progress)
+        if self.world.size == 1:
+            whole, terms = own, self.objective(own)
+        else:
+            sizes = sizes if sizes is not None else share_sizes(len(labels) * self.world.size, self.world)
+            gather = partial(gather_rows, sizes=sizes, world=self.world)
+            whole = gather_step(own, sizes, self.world)
+            terms = self.objective(whole, own=own, gather=gather)
+        if partners is not None:
+            if self.world.size == 1:
+                other = self.objective(own._replace(labels=partners))
+            else:
+                mixed = whole._replace(labels=gather(partners))
+                other = self.objective(mixed, own=own._replace(labels=partners), gather=gather)
+            terms = terms.mixed(other, share)
+        return StepOutput(terms, whole.student.logits.detach(), whole.labels)
 
-    def mixed(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        partners: Tensor,
-        share: Tensor | float,
-        *,
-        index: Tensor | None = None,
-        progress: float = 0.0,
-    ) -> StepOutput:
-        """The step for images mixed with others: every term for both labels, by their shares.
 
-        Args:
-            images: mixed images ``(B, C, H, W)``.
-            labels: labels of the images with weight ``share``, ``(B,)``.
-            partners: labels of the images with weight ``1 - share``, ``(B,)``.
-            share: in [0, 1].
-            index: as in :meth:`forward`.
-            progress: as in :meth:`forward`.
-        """
-        step = self._ask(images, labels, index, progress)
-        own, other = self.objective(step), self.objective(step._replace(labels=partners))
-        return StepOutput(own.mixed(other, share), step.student.logits.detach())
-
-    def _ask(self, images: Tensor, labels: Tensor, index: Tensor | None, progress: float) -> Step:
-        maps = self.objective.needs_maps
-        answer: Outputs | None = self.teacher(images, maps=maps) if self.teacher is not None else None
-        return Step(self.network(images, maps=maps), labels, answer, index, progress)
+def _float32(out: Outputs) -> Outputs:
+    return Outputs(out.logits.float(), out.feature.float(), tuple(m.float() for m in out.maps))
 
 
 def place(module: nn.Module, device: torch.device) -> None:
