@@ -1,5 +1,6 @@
 # make demo   the whole job on real handwritten digits      make test   lint, types and all tests
 # make check  lint, format and types only                   make bench  the benchmarks (minutes)
+# make crash-test  kills 200 real runs and compares what they come to (an hour)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 JOBS ?= 2
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench crash-test format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/krdistill demo
@@ -30,6 +31,14 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/anchors.py --json benchmarks/results/anchors.json
 	$(BIN)/python benchmarks/augment.py --json benchmarks/results/augment.json
 	$(BIN)/python benchmarks/losses.py --json benchmarks/results/losses.json
+	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
+	$(BIN)/python benchmarks/performance.py
+
+crash-test: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python tests/crash/harness.py --kills 200 --json benchmarks/results/crash.json
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'krdistill needs Python 3.10 or later; set PYTHON=python3.11')"

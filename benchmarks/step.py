@@ -8,6 +8,7 @@ Two pairs of networks, 32 x 32 images of 100 classes, batch 64. Per pair, in tur
 ``student``    training the student alone (recipe ``none``): augmentation, step and log included
 ``krdistill``  training with the recipe ``krdistill``, the teacher asked in every step
 ``bank``       the same from a view bank on disk
+``compiled``   training the student alone with ``train.compile default``; its first step, which compiles, is apart
 ``plain``      distillation as the field's repositories write it: a DataLoader with workers, crop and flip image by
                image in Pillow, float images, the teacher asked in the loop under ``no_grad``, KL and cross-entropy as
                separate torch calls, loss and accuracy read back by ``.item()`` in every step
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from krdistill.bank import Answers, Coding, build_bank
 from krdistill.config import TrainConfig
@@ -58,9 +59,10 @@ WARM = 3
 
 
 def images(n_max: int) -> DataBundle:
-    """Long-tailed noise: the values of the pixels do not matter for speed."""
-    counts = long_tail_counts(CLASSES, n_max, profile="exp", imbalance_factor=10)
-    labels = torch.repeat_interleave(torch.arange(CLASSES), torch.as_tensor(counts))
+    """Long-tailed noise in whole batches: the values of the pixels do not matter for speed."""
+    counts = [int(n) for n in long_tail_counts(CLASSES, n_max, profile="exp", imbalance_factor=10)]
+    counts[0] += -sum(counts) % BATCH
+    labels = torch.repeat_interleave(torch.arange(CLASSES), torch.tensor(counts))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (len(labels), SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
     train = ImageData.from_arrays(pixels, labels, [str(k) for k in range(CLASSES)])
@@ -94,12 +96,11 @@ def plain_loop(
     mean, std = student.mean.flatten().cpu(), student.std.flatten().cpu()
     big, small = teacher.backbone, student.backbone
     optimizer = torch.optim.SGD(small.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(
-        PlainImages(data, mean, std), BATCH, shuffle=True, num_workers=workers, drop_last=True,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    plain = PlainImages(data, mean, std)
 
     def run(steps: int) -> float:
+        drawn = RandomSampler(plain, replacement=True, num_samples=BATCH * (WARM + steps + 2 * max(1, workers)))
+        loader = DataLoader(plain, BATCH, sampler=drawn, num_workers=workers, pin_memory=device.type == "cuda")
         big.eval()
         small.train()
         right = seen = 0
@@ -123,6 +124,7 @@ def plain_loop(
             seen += len(y)
             if i + 1 == WARM + steps:
                 break
+        assert i + 1 == WARM + steps
         _wait(device)
         return time.perf_counter() - started
 
@@ -167,6 +169,7 @@ def our_loop(trainer: Trainer) -> Callable[[int], float]:
 
     def run(steps: int) -> float:
         trainer.task.train()
+        started = 0.0
         for i in range(steps + 1):
             if i == 1:
                 _wait(trainer.device)
@@ -197,12 +200,13 @@ def measure_pair(
     teacher = Teacher(network(names[0], 0), class_names=data.class_names)
     profile = profile_teacher(teacher, data, device=device)
 
-    def trainer(name: str, answers: Answers | None = None) -> Trainer:
+    def trainer(name: str, answers: Answers | None = None, compiled: str = "none") -> Trainer:
         entry = recipe(name)
         task = build_task(
             entry, entry.resolve({}), network(names[1], 1), data, prior, groups, teacher=teacher, profile=profile
         )
-        return Trainer(task, data.train, train, seed=0, device=device, answers=answers)
+        config = train.model_copy(update={"compile": compiled})
+        return Trainer(task, data.train, config, seed=0, device=device, answers=answers)
 
     bank = build_bank(
         teacher, data.train, build_augmentation("crop-flip", SIDE), views=2, root=folder, seed=0,
@@ -217,8 +221,12 @@ def measure_pair(
         "student": our_loop(trainer("none")),
         "krdistill": our_loop(trainer("krdistill")),
         "bank": our_loop(trainer("krdistill", bank)),
+        "compiled": our_loop(trainer("none", compiled="default")),
         "plain": plain_loop(data.train, plain_pair[0], plain_pair[1], arguments.workers, device),
     }
+    started = time.perf_counter()
+    jobs["compiled"](0)
+    compiling = time.perf_counter() - started
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(-1, arguments.rounds):  # the first round warms up
         for name, job in jobs.items():
@@ -235,9 +243,14 @@ def measure_pair(
     return {
         "teacher": names[0],
         "student": names[1],
+        "seconds_to_compile": compiling,
         "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
         "ratios": {label: ratio(a, b) for label, (a, b, _) in BARS.items()}
-        | {"krdistill / student": ratio("krdistill", "student"), "plain / krdistill": ratio("plain", "krdistill")},
+        | {
+            "krdistill / student": ratio("krdistill", "student"),
+            "plain / krdistill": ratio("plain", "krdistill"),
+            "compiled / student": ratio("compiled", "student"),
+        },
         "bars": {label: figures[PAIRS.index(names)] for label, (_, _, figures) in BARS.items()},
     }
 
@@ -261,7 +274,7 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 1
     torch.set_num_threads(arguments.threads)
-    data = images(4 * BATCH if not arguments.quick else BATCH)
+    data = images(10)  # some 400 images: what is timed is steps
     results = []
     for names in PAIRS:
         with tempfile.TemporaryDirectory() as folder:

@@ -49,18 +49,25 @@ class Entry:
 
 
 _BALANCED = "losses/balanced_softmax.py:balanced_softmax"
+_WEIGHTS = "losses/tail_weighting.py:tail_weights"
 _LRD = ("losses/krdistill.py:rectify_logits", "losses/krdistill.py:lrd_loss")
-_RRD = ("losses/krdistill.py:rrd_loss", "rectify/anchor_rectification.py:rarity")
+_RRD = (
+    "losses/krdistill.py:rrd_loss",
+    "rectify/anchor_rectification.py:rarity",
+    "losses/prototype_contrast.py:prototype_contrast_loss",
+    "losses/rectified_classifier.py:rectified_classifier_loss",
+)
+_OFF = "What is not in the defaults is an option, to be compared: see `benchmarks/studies`."
 
 METHODS = {
     "krdistill": Entry(
         OURS,
-        (*_LRD, *_RRD, "anchors.py:balanced_anchors", "anchors.py:align_anchors"),
+        (*_LRD, *_RRD, _WEIGHTS, "anchors.py:balanced_anchors", "anchors.py:align_anchors"),
         "The paper names two losses and says what they are for. Its equations are not public: every formula here is "
-        "ours. What `correct` does is written under [`correct_errors`](#correct_errors).",
+        "ours. What `correct` does is written under [`correct_errors`](#correct_errors). " + _OFF,
     ),
-    "krdistill-lrd": Entry(OURS, _LRD, "The logit part of [`krdistill`](#krdistill) alone."),
-    "krdistill-rrd": Entry(OURS, _RRD, "The representation part of [`krdistill`](#krdistill) alone."),
+    "krdistill-lrd": Entry(OURS, (*_LRD, _WEIGHTS), "The logit part of [`krdistill`](#krdistill) alone."),
+    "krdistill-rrd": Entry(OURS, (*_RRD, _WEIGHTS), "The representation part of [`krdistill`](#krdistill) alone."),
     "kd": Entry(PAPER, ("losses/kd.py:kd_divergence",)),
     "kd-balanced": Entry(PAPER, ("losses/kd.py:kd_divergence", _BALANCED), "Putting the two together is ours."),
     "bkd": Entry(CODE, ("losses/bkd.py:bkd_loss",)),
@@ -162,6 +169,7 @@ CLASSIFICATION = {
 RECTIFIERS = {
     "remove_prior": Entry(PAPER, ("rectify/prior_removal.py:remove_prior",)),
     "auto_tau": Entry(SECONDARY, ("rectify/prior_removal.py:auto_tau",)),
+    "per_class_tau": Entry(OURS, ("rectify/tau_calibration.py:per_class_tau",)),
     "mean_prediction": Entry(SECONDARY, ("rectify/prior_removal.py:mean_prediction",)),
     "correct_errors": Entry(
         OURS, ("rectify/error_correction.py:correct_errors",), "`swap` is from the paper named, `lift` is ours."
@@ -173,6 +181,8 @@ RECTIFIERS = {
     "recentre_features": Entry(OURS, ("rectify/anchor_rectification.py:recentre_features",)),
     "blend_features": Entry(OURS, ("rectify/anchor_rectification.py:blend_features",)),
     "rarity": Entry(OURS, ("rectify/anchor_rectification.py:rarity",)),
+    "within_class_variation": Entry(OURS, ("rectify/variance_transfer.py:within_class_variation",)),
+    "transfer_variance": Entry(OURS, ("rectify/variance_transfer.py:transfer_variance",)),
 }
 
 SECOND_STAGES = {

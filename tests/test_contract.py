@@ -16,7 +16,17 @@ from krdistill.outputs import Outputs, Step
 from krdistill.priors import ClassPrior
 from krdistill.recipes import Recipe, list_recipes
 
-RECIPES = list_recipes()
+_KRD = next(r for r in list_recipes() if r.name == "krdistill")
+VARIANTS: dict[str, dict[str, object]] = {  # options that no recipe has among its defaults
+    "student-side": {"prior_side": "student", "lrd_weighting": "inverse-sqrt", "lrd_warmup": 0.5},
+    "variance-transfer": {"rectify": "variance-transfer", "rrd_weighting": "effective-number"},
+    "contrast": {"contrast_weight": 0.5, "contrast_to": "means", "rrd_weighting": "group"},
+    "classifier": {"classifier_weight": 0.5, "rectify": "none"},
+}
+RECIPES = [
+    *list_recipes(),
+    *(replace(_KRD, name=f"krdistill-{name}", defaults={**_KRD.defaults, **o}) for name, o in VARIANTS.items()),
+]
 D_S, D_T = 6, 10
 MAPS_S, MAPS_T = (4, D_S), (5, D_T)
 LIGHT = {"crd": {"negatives": 16, "embed_dim": 8}}  # no other option is needed to be tested fast
@@ -213,7 +223,7 @@ def test_empty_groups(entry: Recipe) -> None:
     context = _context(5)
     empty = replace(context, groups=context.prior.groups((10**6, 10**5)))
     assert list(empty.groups.sizes().values()) == [0, 0, 5]
-    options = {**LIGHT.get(entry.name, {}), **({"group_weights": True} if entry.name == "krdistill" else {})}
+    options = {**LIGHT.get(entry.name, {}), **({"lrd_weighting": "group"} if entry.name == "krdistill" else {})}
     out = entry.build(entry.resolve(options), empty)(_step(entry))
     assert torch.isfinite(out.total()).all()
 
@@ -259,8 +269,10 @@ def test_every_number_among_its_options_changes_the_loss(entry: Recipe) -> None:
         return float(objective(step._replace(progress=0.05)).total().sum().detach())
 
     inactive = {"tau", "blend_strength"} if defaults.model_dump().get("prior", "none") == "none" else set()
-    if defaults.model_dump().get("rectify") != "blend":
+    if defaults.model_dump().get("rectify") not in ("blend", "variance-transfer"):
         inactive.add("blend_strength")
+    if defaults.model_dump().get("contrast_weight") == 0:
+        inactive.add("contrast_temperature")
     if entry.name in {"kd", "kd-balanced"}:
         inactive.add("feature_weight")
     base = loss()

@@ -249,6 +249,8 @@ def test_commands_of_the_readme(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program, *args = shlex.split(command)
+    if program == "torchrun":  # tests/test_many_processes.py runs it; here its command is checked
+        program, *args = args[args.index("krdistill") :]
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
         assert len(args) == 1 and args[0] in targets
@@ -260,6 +262,12 @@ def test_commands_of_the_readme(
     elif args[0] == "list":
         main(args)
         assert "krdistill-lrd" in capsys.readouterr().out
+    elif args[0] == "predict":  # tests/deploy/test_predict.py runs it
+        context = app.commands["predict"].make_context("predict", args[1:])
+        assert context.params["out"] == Path("answers.csv")
+    elif args[0] == "compare":
+        main(["compare", str(ROOT / args[1]), "--dry-run"])
+        assert "cells" in capsys.readouterr().out
     elif args[0] == "run":
         assert args[1] in list_presets()
         words = args[2:]

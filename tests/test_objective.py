@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from krdistill.anchors import align_anchors, balanced_anchors
-from krdistill.errors import ModelError
-from krdistill.losses import balanced_softmax, kd_divergence
+from krdistill.errors import ConfigError, ModelError
+from krdistill.losses import ETFHead, Projector, balanced_softmax, kd_divergence
 from krdistill.objective import Objective, ObjectiveContext, TeacherProfile
 from krdistill.outputs import LossTerms, Outputs, Step
 from krdistill.priors import ClassPrior
 from krdistill.recipes import recipe
 from krdistill.recipes.distill import resolve_tau
-from krdistill.rectify import auto_tau, blend_features, correct_errors, mean_prediction, rarity, remove_prior
+from krdistill.rectify import (
+    auto_tau,
+    blend_features,
+    correct_errors,
+    mean_prediction,
+    per_class_tau,
+    rarity,
+    remove_prior,
+)
 from krdistill.rng import derive_seed
 
 K, D_T, D_S, B = 5, 12, 6, 16
@@ -31,8 +42,18 @@ def _profile() -> TeacherProfile:
     return TeacherProfile(means, logits, labels, "random", torch.randn(100, D_T, generator=g), labels)
 
 
+def _head() -> nn.Linear:
+    head = nn.utils.skip_init(nn.Linear, D_T, K)
+    with torch.no_grad():
+        head.weight.normal_(generator=_generator())
+        head.bias.normal_(generator=_generator())
+    return head
+
+
 def _context(seed: int = 0) -> ObjectiveContext:
-    return ObjectiveContext(prior=PRIOR, groups=PRIOR.groups("thirds"), student_dim=D_S, teacher=_profile(), seed=seed)
+    return ObjectiveContext(
+        prior=PRIOR, groups=PRIOR.groups("thirds"), student_dim=D_S, teacher=_profile(), seed=seed, teacher_head=_head()
+    )
 
 
 def _batch() -> tuple[Outputs, Outputs, torch.Tensor]:
@@ -88,11 +109,15 @@ def test_krdistill_is_classification_plus_lrd_plus_rrd() -> None:
         ("logit_weight", (1.0, 2.0)),
         ("temperature", (4.0, 2.0)),
         ("prior", ("none", "label", "teacher")),
-        ("tau", (1.0, 1.5, "auto")),
+        ("tau", (1.0, 1.5, "auto", "per-class")),
         ("correction", ("none", "lift", "swap")),
-        ("group_weights", (False, True)),
+        ("prior_side", ("teacher", "student")),
+        ("lrd_weighting", ("none", "inverse-sqrt", "effective-number", "group")),
+        ("rrd_weighting", ("none", "inverse-sqrt", "effective-number", "group")),
+        ("contrast_weight", (0.0, 0.5, 1.0)),
+        ("classifier_weight", (0.0, 0.5, 1.0)),
         ("feature_weight", (5.0, 1.0)),
-        ("rectify", ("none", "recentre", "blend")),
+        ("rectify", ("none", "recentre", "blend", "variance-transfer")),
         ("blend_strength", (0.5, 0.9)),
         ("distance", ("cosine", "squared")),
     ],
@@ -163,3 +188,142 @@ def test_loss_terms_add_and_mix() -> None:
     b = LossTerms({"x": torch.zeros(2), "y": torch.ones(2)})
     assert a.total().tolist() == [4.0, 6.0]
     assert a.mixed(b, 0.25).total().tolist() == [0.25 * 4 + 0.75, 0.25 * 6 + 0.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "terms"),
+    [
+        ("krdistill", {}, {"classification", "lrd", "rrd"}),
+        ("krdistill", {"contrast_weight": 1.0}, {"classification", "lrd", "rrd", "contrast"}),
+        ("krdistill", {"classifier_weight": 1.0}, {"classification", "lrd", "rrd", "classifier"}),
+        ("krdistill", {"feature_weight": 0, "rectify": "none"}, {"classification", "lrd"}),
+        ("krdistill-rrd", {"contrast_weight": 1.0}, {"classification", "rrd", "contrast"}),
+        ("krdistill-lrd", {"contrast_weight": 1.0, "logit_weight": 0, "prior": "none", "correction": "none"},
+         {"classification", "contrast"}),
+        ("krdistill-lrd", {"classifier_weight": 1.0, "logit_weight": 0}, {"classification", "classifier"}),
+    ],
+)  # fmt: skip
+def test_a_weight_of_0_leaves_a_term_out(name: str, options: dict[str, object], terms: set[str]) -> None:
+    student, teacher, labels = _batch()
+    objective = _build(name, **options)
+    out = objective(Step(student, labels, teacher)).terms
+    assert set(out) == terms
+    assert objective.needs_teacher == bool(terms & {"lrd", "rrd", "classifier"})
+    assert objective.needs_features == ("rrd" in terms)  # the others take no feature of the teacher's in a step
+    projectors = {id(m) for m in objective.modules() if isinstance(m, Projector)}
+    assert len(projectors) == bool(terms & {"rrd", "contrast", "classifier"})
+    assert all(torch.isfinite(v).all() and v.shape == (B,) for v in out.values())
+
+
+def test_terms_beside_the_match_do_not_change_it() -> None:
+    student, teacher, labels = _batch()
+    step = Step(student, labels, teacher)
+    plain = _build("krdistill")(step).terms
+    more = _build("krdistill", contrast_weight=0.7, classifier_weight=0.3)(step).terms
+    assert all(torch.equal(v, more[k]) for k, v in plain.items())
+
+
+@pytest.mark.parametrize("to", ["anchors", "means"])
+def test_the_contrast_is_its_formula(to: str) -> None:
+    student, teacher, labels = _batch()
+    objective = _build(
+        "krdistill", contrast_weight=0.7, contrast_to=to, contrast_temperature=0.2, rrd_weighting="inverse-sqrt"
+    )
+    out = objective(Step(student, labels, teacher)).terms
+    means = _profile().class_means
+    anchors = align_anchors(balanced_anchors(K, D_T, seed=derive_seed(0, "anchors") % 2**31), means)
+    projected = objective.terms[2].module.projector(student.feature)
+    weights = PRIOR.counts.double().rsqrt()
+    weights = weights * PRIOR.counts.sum() / (PRIOR.counts * weights).sum()
+    cosines = F.normalize(projected) @ (anchors if to == "anchors" else means).T
+    want = F.cross_entropy(cosines / 0.2 + PRIOR.log_prior.float(), labels, reduction="none")
+    assert torch.allclose(out["contrast"], 0.7 * weights.float()[labels] * want, atol=1e-4)
+
+
+def test_the_classifier_is_its_formula_and_its_head_is_not_trained() -> None:
+    student, teacher, labels = _batch()
+    options = {"classifier_weight": 0.5, "tau": "auto", "prior": "teacher", "temperature": 2.0, "correction": "swap"}
+    objective = _build("krdistill-lrd", **options)
+    log_prior, tau = resolve_tau(recipe("krdistill-lrd").resolve(options), _context())  # type: ignore[arg-type]
+    head, module = _head(), objective.terms[-1].module
+    said = head(module.projector(student.feature)) - tau * log_prior.float()
+    target = correct_errors(remove_prior(teacher.logits, log_prior, tau), labels, "swap")
+    out = objective(Step(student, labels, teacher)).terms["classifier"]
+    assert torch.allclose(out, 0.5 * kd_divergence(said, target, temperature=2.0), atol=1e-4)
+    assert {n for n, _ in module.named_parameters()} == {"projector.linear.weight", "projector.linear.bias"}
+
+
+def test_the_classifier_needs_a_linear_head() -> None:
+    entry = recipe("krdistill")
+    options = entry.resolve({"classifier_weight": 1.0})
+    for head, said in ((None, "got none"), (ETFHead(D_T, K), "got ETFHead")):
+        with pytest.raises(ModelError, match=f"classifier_weight needs a teacher whose last layer is linear.*{said}"):
+            entry.build(options, replace(_context(), teacher_head=head))
+
+
+@pytest.mark.parametrize("weight", ["feature_weight", "contrast_weight", "classifier_weight"])
+def test_a_teacher_without_features_is_refused(weight: str) -> None:
+    entry = recipe("kd")
+    profile = replace(_profile(), class_means=torch.zeros(K, 0), features=torch.zeros(100, 0))
+    with pytest.raises(ModelError, match=r"need the teacher's features, and it shows none.*teacher\.tap"):
+        entry.build(entry.resolve({weight: 1.0}), replace(_context(), teacher=profile))
+
+
+def test_a_tau_per_class_makes_the_views_answers_even() -> None:
+    student, teacher, labels = _batch()
+    options = recipe("krdistill").resolve({"tau": "per-class"})
+    log_prior, tau = resolve_tau(options, _context())  # type: ignore[arg-type]
+    profile = _profile()
+    found, common = per_class_tau(profile.view_logits, profile.view_labels, PRIOR.log_prior)
+    assert tau == common and torch.allclose(tau * log_prior, found * PRIOR.log_prior)
+    p = remove_prior(profile.view_logits, log_prior, tau).softmax(1)
+    by_class = torch.stack([p[profile.view_labels == k, k].mean() for k in range(K)])
+    assert float(by_class.max() / by_class.min()) < 1.002
+    objective = _build("krdistill-lrd", tau="per-class", correction="none")
+    assert objective.summary == {"tau": tau}
+    want = kd_divergence(student.logits, teacher.logits - (found * PRIOR.log_prior).float())
+    assert torch.allclose(objective(Step(student, labels, teacher)).terms["lrd"], want, atol=1e-4)
+
+
+def test_a_tau_per_class_of_even_counts_has_no_common_part() -> None:
+    even = ClassPrior.from_counts([7] * K)
+    context = replace(_context(), prior=even)
+    log_prior, tau = resolve_tau(recipe("krdistill").resolve({"tau": "per-class"}), context)  # type: ignore[arg-type]
+    assert tau == 1.0
+    found, _ = per_class_tau(_profile().view_logits, _profile().view_labels, even.log_prior)
+    assert torch.allclose(log_prior, found * even.log_prior)
+
+
+def test_deferred_rectification_follows_the_progress() -> None:
+    student, teacher, labels = _batch()
+    objective = _build("krdistill-lrd", lrd_warmup=0.5, tau=1.2)
+    for progress, tau in ((0.0, 0.0), (0.25, 0.6), (0.5, 1.2), (0.9, 1.2)):
+        out = objective(Step(student, labels, teacher, None, progress))
+        now = _build("krdistill-lrd", tau=tau)(Step(student, labels, teacher, None, progress))
+        assert torch.allclose(out.terms["lrd"], now.terms["lrd"], atol=1e-4)
+        assert torch.equal(out.stats["corrected"], now.stats["corrected"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prior": "none", "prior_side": "student"}, "prior_side would have no effect, as prior is 'none'"),
+        ({"prior": "none", "lrd_warmup": 0.5}, "lrd_warmup would have no effect, as prior is 'none'"),
+        ({"tau": "per-class", "prior": "teacher"}, "take prior 'label'"),
+        ({"tau": "per-image"}, "tau"),
+        ({"contrast_temperature": 0.2}, "contrast_temperature would have no effect, as contrast_weight is 0"),
+        ({"contrast_to": "means"}, "contrast_to would have no effect"),
+        ({"logit_weight": 0, "lrd_weighting": "group", "prior": "none", "correction": "none"}, "lrd_weighting would"),
+        ({"logit_weight": 0, "classifier_weight": 1, "lrd_warmup": 0.5}, "lrd_warmup would have no effect"),
+        ({"feature_weight": 0, "rectify": "none", "rrd_weighting": "group"}, "rrd_weighting would have no effect"),
+        ({"rectify": "none", "blend_strength": 0.4}, "blend_strength would have no effect, as rectify is 'none'"),
+        ({"contrast_weight": -1}, "contrast_weight"),
+        ({"classifier_weight": -1}, "classifier_weight"),
+        ({"contrast_temperature": 0, "contrast_weight": 1}, "contrast_temperature"),
+        ({"lrd_warmup": 1.5}, "lrd_warmup"),
+        ({"lrd_weighting": "inverse"}, "lrd_weighting"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recipe("krdistill").resolve(options)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from . import __version__
-from .commands import bank, compare, data, listing, results, run
+from .commands import bank, compare, data, device, export, inspect, listing, predict, results, run
 from .commands.shared import Commands, print_error
 from .errors import KrdistillError
 
@@ -24,7 +24,20 @@ def app() -> None:
     """Distil a biased teacher into a small student that stays accurate on the rare classes."""
 
 
-for command in (run.run, run.demo, compare.compare, listing.list_, results.report, results.show, data.data, bank.bank):
+for command in (
+    run.run,
+    run.demo,
+    compare.compare,
+    listing.list_,
+    results.report,
+    results.show,
+    data.data,
+    inspect.inspect,
+    bank.bank,
+    export.export,
+    predict.predict,
+    device.bench_device,
+):
     app.add_command(command)
 
 

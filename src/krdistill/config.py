@@ -48,14 +48,19 @@ class DataConfig(Section):
     """Which images, and how they are cut.
 
     Attributes:
-        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or the path of a folder ``class/image``.
-        root: folder that holds data sets; by default ``$KRDISTILL_DATA``, else ``~/.cache/krdistill/data``.
+        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or a path: a folder ``class/image``, a
+            manifest (``.csv``, ``.tsv``, ``.parquet``), lists ``path label``, a NumPy archive (``.npz``), or a data
+            set that the Hugging Face library saved (``docs/howto-data.md``).
+        root: folder that holds data sets; by default ``$KRDISTILL_DATA``, else ``~/.cache/krdistill/data``. For a
+            manifest or lists: what their relative paths start from, by default their own folder.
         profile: shape of the long-tailed cut; ``none`` keeps the data as they are.
         imbalance_factor: largest over smallest class of the cut, at least 1 (0.01 in some papers is 100 here).
         n_max: images of the largest class of the cut; by default all there are.
         cut_seed: seed of the cut and of the validation part, so that runs of every seed see the same images.
         val_fraction: share of the training images put aside for validation, stratified.
-        image_size: side in pixels that a folder's images are resized to.
+        split_by: what the test and validation parts that are put aside do not separate: ``none``, the images of one
+            ``group`` (a manifest's column: the patient, the camera), or near-``duplicates``.
+        image_size: side in pixels that images are resized to.
         on_unreadable: ``skip`` leaves unreadable images out; by default they are an error.
         empty: ``drop`` leaves classes without a training image out; by default they are an error.
         cache: whether a folder's images are decoded once into a memory-mapped file under ``$KRDISTILL_CACHE`` (by
@@ -70,6 +75,7 @@ class DataConfig(Section):
     n_max: int | None = Field(default=None, ge=1)
     cut_seed: int = Field(default=0, ge=0)
     val_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    split_by: Literal["none", "group", "duplicates"] = "none"
     image_size: int | None = Field(default=None, ge=8)
     on_unreadable: Literal["error", "skip"] = "error"
     empty: Literal["error", "drop"] = "error"
@@ -264,7 +270,8 @@ class BankConfig(Section):
     Attributes:
         views: views of every image that the teacher answers once; epoch e of a student then shows view e modulo
             ``views``. 0 asks the teacher in every step. ``auto`` stores them where that saves work.
-        folder: where banks are kept, to be shared by several runs; by default in the run folder.
+        folder: where banks are kept, to be shared by several runs (``auto`` then always stores them); by default in the
+            run folder.
         dtype: of the stored numbers.
         top_k: logits kept of each answer; by default all.
         features: store the teacher's features beside its logits; recipes that match features need them.

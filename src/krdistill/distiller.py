@@ -170,7 +170,7 @@ class Distiller:
         """Writes an ONNX file and checks it against PyTorch on the test images."""
         from .deploy import export_onnx, verify_onnx
 
-        export_onnx(self._fitted(), Path(path))
+        export_onnx(self._fitted(), Path(path), class_counts=self.data_.train.counts().tolist())
         return verify_onnx(Path(path), self._fitted(), self.data_.test.images)
 
     def _fitted(self) -> Network:

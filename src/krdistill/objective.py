@@ -135,6 +135,11 @@ def on_student_feature(module: nn.Module, step: Step) -> Tensor:
     return module(step.student.feature, step.labels)
 
 
+def on_classified_features(module: nn.Module, step: Step) -> Tensor:
+    """``module(student_feature, teacher_logits, labels)``: the student's feature, classified as the teacher's."""
+    return module(step.student.feature, _answer(step).logits, step.labels)
+
+
 def on_logits_and_progress(module: nn.Module, step: Step) -> Tensor:
     """``module(student_logits, teacher_logits, labels, progress)``."""
     return module(step.student.logits, _answer(step).logits, step.labels, step.progress)

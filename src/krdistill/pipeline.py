@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bank import Answers, BankKey, Coding, ExternalAnswers, ViewBank, build_bank, load_answers, open_bank
-from .bank.plan import AUTO_BYTES, views_that_pay
+from .bank.plan import AUTO_BYTES, DEFAULT_VIEWS, views_that_pay
 from .bank.store import CHUNK
 from .config import (
     RecipeConfig,
@@ -37,7 +38,7 @@ from .distributed import World, barrier, first_then_all, same_everywhere
 from .errors import ConfigError, ModelError, RunFolderError
 from .evaluation import diagnose_teacher, evaluate_predictions, prediction_record
 from .events import Events
-from .files import read_json, replacing
+from .files import DiskError, read_json, replacing
 from .models.experts import Experts
 from .models.network import (
     Network,
@@ -70,8 +71,10 @@ from .runfolder import (
     SPLIT,
     RunFolder,
     environment,
+    owned,
 )
 from .stages import (
+    StoppedError,
     build_task,
     distil,
     evaluate_network,
@@ -122,7 +125,11 @@ class Plan:
         config, train = self.config.bank, self.config.student.train
         if not self.bank_users or self.answers is not None or train.mixup > 0:
             return 0
-        return views_that_pay(train.epochs, len(self.bank_users)) if config.views == "auto" else config.views
+        if config.views != "auto":
+            return config.views
+        if config.folder:  # kept for others
+            return min(train.epochs, DEFAULT_VIEWS)
+        return views_that_pay(train.epochs, len(self.bank_users))
 
 
 def check_names(config: RunConfig) -> tuple[Recipe, Options, tuple[tuple[RecipeConfig, Recipe, Options], ...]]:
@@ -228,9 +235,16 @@ def _load(plan: Plan, path: Path) -> Network:
 
 
 def run(
-    plan: Plan, out: Path, *, events: Events | None = None, report: bool = True, world: World | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    events: Events | None = None,
+    report: bool = True,
+    world: World | None = None,
+    stop: Callable[[], bool] | None = None,
+    opened: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs every stage that is not done yet, in a run folder.
+    """Runs every stage that is not done yet, in a run folder, which no other process can work in meanwhile.
 
     Args:
         plan: what to do.
@@ -239,34 +253,66 @@ def run(
         report: whether ``report.html`` is written; without it, a given teacher's diagnosis is taken as it stands in
             its own run folder.
         world: the processes that train together (:func:`krdistill.distributed.join`); every one calls this function.
+        stop: asked after every step and between stages; where it says yes, the state is saved and the run ends. Of
+            many processes, that of the first counts.
+        opened: called when the folder is this run's, before anything is trained.
 
     Returns:
         The metrics, as in ``metrics.json``.
+
+    Raises:
+        StoppedError: ``stop`` said so.
+        DiskError: the disk is full; the message says what is safe.
     """
     events = events or Events()
-    folder = open_folder(plan, out, world)
-    for note in plan.notes:
-        events.note(note)
-    teacher = None if plan.answers is not None else _teacher_stage(folder, plan, events)
-    profile = _diagnosis_stage(folder, plan, teacher, events, again=report)
-    answers = plan.answers if teacher is None else _bank_stage(folder, plan, teacher, events)
-    for stage, config, recipe, options in plan.recipes:
-        _student_stage(folder, plan, stage, config, recipe, options, teacher, profile, answers, events)
-    if plan.config.bank.views == "auto" and folder.writes:
-        shutil.rmtree(folder.path / BANK, ignore_errors=True)  # nobody asked for it, and nobody needs it any more
-    metrics = _evaluation_stage(folder, plan, teacher, profile, events)
-    if not folder.writes:
-        return metrics
-    if plan.config.export.onnx:
-        _export_stage(folder, plan, events)
-    if not report:
-        return metrics
-    from .reporting import write_report  # matplotlib is not needed before
+    with _at_work(plan, out, world, stop) as folder:
+        if opened is not None:
+            opened()
+        for note in plan.notes:
+            events.note(note)
+        teacher = None if plan.answers is not None else _teacher_stage(folder, plan, events)
+        profile = _diagnosis_stage(folder, plan, teacher, events, again=report)
+        answers = plan.answers if teacher is None else _bank_stage(folder, plan, teacher, events)
+        for stage, config, recipe, options in plan.recipes:
+            _student_stage(folder, plan, stage, config, recipe, options, teacher, profile, answers, events)
+        if plan.config.bank.views == "auto" and folder.writes:
+            shutil.rmtree(folder.path / BANK, ignore_errors=True)  # nobody asked for it, and nobody needs it any more
+        metrics = _evaluation_stage(folder, plan, teacher, profile, events)
+        if not folder.writes:
+            return metrics
+        if plan.config.export.onnx:
+            _export_stage(folder, plan, events)
+        if not report:
+            return metrics
+        from .reporting import write_report  # matplotlib is not needed before
 
-    events.stage("report", REPORT)
-    with folder.timed("report"):
-        write_report(folder.path)
-    return metrics
+        _stop_here(folder)
+        events.stage("report", REPORT)
+        with folder.timed("report"):
+            write_report(folder.path)
+        return metrics
+
+
+@contextmanager
+def _at_work(
+    plan: Plan, out: Path, world: World | None = None, stop: Callable[[], bool] | None = None
+) -> Iterator[RunFolder]:
+    """The run folder, for this run alone; a full disk is explained."""
+    together = world or World.alone()
+    with ExitStack() as stack:
+        first_then_all(lambda: stack.enter_context(owned(out, plan.config, world=together)), together)
+        folder = open_folder(plan, out, together)
+        folder.stopping = stop or folder.stopping
+        try:
+            yield folder
+        except DiskError as error:
+            raise DiskError(f"{error} {folder.safe()}", error.errno or 0) from None
+
+
+def _stop_here(folder: RunFolder) -> None:
+    """Ends the run between two stages where that was asked for."""
+    if folder.writes and folder.stopping():
+        raise StoppedError(f"Stopped. {folder.safe()} Give the same command again.")
 
 
 def run_teacher(plan: Plan, out: Path, *, events: Events | None = None) -> dict[str, Any]:
@@ -276,10 +322,10 @@ def run_teacher(plan: Plan, out: Path, *, events: Events | None = None) -> dict[
         The metrics, as in ``metrics.json``; no student is among them.
     """
     events = events or Events()
-    folder = open_folder(plan, out)
-    teacher = _teacher_stage(folder, plan, events)
-    profile = _diagnosis_stage(folder, plan, teacher, events)
-    return _evaluation_stage(folder, plan, teacher, profile, events, students=False)
+    with _at_work(plan, out) as folder:
+        teacher = _teacher_stage(folder, plan, events)
+        profile = _diagnosis_stage(folder, plan, teacher, events)
+        return _evaluation_stage(folder, plan, teacher, profile, events, students=False)
 
 
 def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, float]:
@@ -482,6 +528,7 @@ def _diagnosis_stage(
         events.skipped("diagnosis", "already done")
         values = torch.load(stored, weights_only=True)
         return TeacherProfile(**values)
+    _stop_here(folder)
     events.stage("diagnosis", "whom does the teacher favour?")
     with folder.timed("diagnosis"):
         if teacher is not None:
@@ -498,8 +545,8 @@ def _diagnosis_stage(
                 return profile
             logits = plan.answers.test.logits
         if folder.writes:
-            with replacing(stored) as part:
-                torch.save({f.name: getattr(profile, f.name) for f in fields(profile)}, part)
+            with replacing(stored) as part, part.open("wb") as file:
+                torch.save({f.name: getattr(profile, f.name) for f in fields(profile)}, file)
         context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
         rectified, tau, prior = rectified_logits(logits, plan.options, context)
         diagnosis = diagnose_teacher(
@@ -529,11 +576,15 @@ def _bank_stage(folder: RunFolder, plan: Plan, teacher: Teacher, events: Events)
         )
         return None
     events.stage("bank", f"{views} views, {size / 2**20:,.0f} MiB, for {', '.join(plan.bank_users)}")
+
+    def on_step(done: int, total: int) -> None:
+        events.progress("bank", done, total)
+        _stop_here(folder)
+
     with folder.timed("bank"):
         bank = build_bank(
             teacher, plan.data.train, augment, views=views, root=_bank_root(folder, plan), seed=plan.config.seed,
-            coding=coding, device=plan.device, world=folder.world,
-            on_step=lambda done, total: events.progress("bank", done, total),
+            coding=coding, device=plan.device, world=folder.world, on_step=on_step,
         )  # fmt: skip
     folder.note_provenance(bank={"views": views, "bytes": size, **coding.as_dict()})
     return bank
@@ -671,6 +722,7 @@ def _evaluation_stage(
         done: dict[str, Any] = read_json(folder.path / METRICS)
         return done
     test = plan.data.test
+    _stop_here(folder)
     events.stage("evaluation", f"{len(test.labels):,} test images")
     arrays: dict[str, np.ndarray] = {"labels": test.labels.numpy().astype(np.int32)}
 
@@ -734,10 +786,11 @@ def _export_stage(folder: RunFolder, plan: Plan, events: Events) -> None:
     if (folder.path / EXPORT).is_file() and (folder.path / ONNX).is_file():
         events.skipped("export", "already done")
         return
+    _stop_here(folder)
     events.stage("export", ONNX)
     with folder.timed("export"):
         network = _load(plan, folder.part("student"))
-        export_onnx(network, folder.path / ONNX)
+        export_onnx(network, folder.path / ONNX, class_counts=plan.prior.counts.tolist())
         check = verify_onnx(folder.path / ONNX, network, plan.data.test.images)
         folder.write_json(EXPORT, check)
     events.note(check["sentence"])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -20,11 +22,86 @@ from . import __version__
 from .config import RunConfig, difference, dump_config
 from .distributed import World
 from .errors import RunFolderError
-from .files import read_json, replacing, write_json, write_text
+from .files import disk_errors, half_written, locked, read_json, remove_half_written, replacing, write_json, write_text
 
 CONFIG, PROVENANCE, SPLIT, LOG = "config.yaml", "provenance.json", "split.json", "log.jsonl"
 METRICS, PREDICTIONS, DIAGNOSIS, PROFILE = "metrics.json", "predictions.npz", "diagnosis.json", "profile.pt"
 DONE, ONNX, EXPORT, REPORT, BANK = "done.json", "student.onnx", "export.json", "report.html", "bank"
+LOCK, OWNER, CHECKPOINTS = "run.lock", "owner.json", "checkpoints"
+
+_SEAL = b"sha256 "
+_SEAL_BYTES = len(_SEAL) + 64 + 1
+
+
+@contextmanager
+def owned(path: Path, config: RunConfig, *, world: World | None = None) -> Iterator[None]:
+    """A block in which this process alone works in a run folder; what a killed one left half written is removed.
+
+    The lock frees itself when its owner ends, however it ends. Reading needs none.
+
+    Args:
+        path: the folder; it is made where it is missing.
+        config: the run's configuration.
+        world: the processes that share the run; the first holds the lock for all.
+
+    Raises:
+        RunFolderError: another process works in it (the message says which), or it holds something else.
+    """
+    if world is not None and not world.first:
+        yield
+        return
+    _refuse_others(path, config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be made: {error.strerror}. Choose another folder with --out.") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{path} cannot be written to. Choose another folder with --out.")
+
+    def busy() -> None:
+        raise RunFolderError(_owner_words(path))
+
+    with locked(path / LOCK, busy=busy):
+        remove_half_written(path)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(path / OWNER, {"process": os.getpid(), "host": platform.node(), "since": now})
+        try:
+            yield
+        finally:
+            (path / OWNER).unlink(missing_ok=True)
+
+
+def _owner_words(path: Path) -> str:
+    try:
+        owner = read_json(path / OWNER)
+        who = f"Process {owner['process']} on {owner['host']} has worked in {path} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+        who = f"Another process works in {path}"
+    return f"{who}. Wait for it, or stop it; or choose another folder with --out. Nothing was touched."
+
+
+def _refuse_others(path: Path, config: RunConfig) -> None:
+    """Refuses a folder that holds another run or other files; writes nothing."""
+    known = path / CONFIG
+    if known.is_file():
+        try:
+            old = yaml.safe_load(known.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RunFolderError(f"{known} is damaged ({error}); choose another folder with --out.") from None
+        lines = difference(old, config.as_dict())
+        if lines:
+            shown = "\n  ".join(lines[:12]) + ("\n  ..." if len(lines) > 12 else "")
+            raise RunFolderError(
+                f"{path} already holds another run. It differs in\n  {shown}\n"
+                "Nothing was touched. Choose another folder with --out, or go on with the run's own configuration."
+            )
+    elif path.exists() and (not path.is_dir() or not all(map(_first_traces, path.iterdir()))):
+        raise RunFolderError(f"{path} exists and is no run folder. Choose another one with --out.")
+
+
+def _first_traces(path: Path) -> bool:
+    """Whether a run that was killed while it wrote its first file leaves such a file."""
+    return path.name in (LOCK, OWNER) or half_written(path) in (CONFIG, OWNER)
 
 
 class RunFolder:
@@ -35,6 +112,9 @@ class RunFolder:
         config: the resolved configuration. A folder that holds a run with another one is refused.
         world: the processes that share the run; only the first writes, all others must see its disk.
 
+    Attributes:
+        stopping: asked after every step whether the run should save what it has and stop; by default it never should.
+
     Raises:
         RunFolderError: the folder holds another run (the message shows what differs) or other files.
     """
@@ -42,23 +122,12 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig, *, world: World | None = None) -> None:
         self.path, self.world = path, world or World.alone()
         self.writes = self.world.first
+        self.stopping: Callable[[], bool] = lambda: False
+        self._damaged: set[Path] = set()
         known = path / CONFIG
         if not self.writes and not known.is_file():
             raise RunFolderError(f"Process {self.world.rank} does not see {path}; put it on a disk that all share.")
-        if known.is_file():
-            try:
-                old = yaml.safe_load(known.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise RunFolderError(f"{known} is damaged ({error}); choose another folder with --out.") from None
-            lines = difference(old, config.as_dict())
-            if lines:
-                shown = "\n  ".join(lines[:12]) + ("\n  ..." if len(lines) > 12 else "")
-                raise RunFolderError(
-                    f"{path} already holds another run. It differs in\n  {shown}\n"
-                    "Nothing was touched. Choose another folder with --out, or go on with the run's own configuration."
-                )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path} exists and is no run folder. Choose another one with --out.")
+        _refuse_others(path, config)
         if self.writes:
             path.mkdir(parents=True, exist_ok=True)
         if not known.is_file():
@@ -76,47 +145,96 @@ class RunFolder:
         return read_json(marker) if marker.is_file() else None
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
-        """Marks a training as finished; its checkpoint is not needed any more."""
+        """Marks a training as finished; its checkpoints are not needed any more."""
         if not self.writes:
             return
         write_json(self.part(stage) / DONE, record)
-        self._checkpoint(stage).unlink(missing_ok=True)
+        for path in (*self._checkpoints(stage), self._nonfinite(stage)):
+            path.unlink(missing_ok=True)
+
+    def safe(self) -> str:
+        """What of the run is on the disk, in words."""
+        done = sorted(str(p.parent.relative_to(self.path)) for p in self.path.rglob(DONE))
+        saved = sorted({p.stem.removesuffix("-previous") for p in (self.path / CHECKPOINTS).glob("*.pt")})
+        saved = [name for name in saved if not name.endswith("-nonfinite")]
+        parts = [f"finished: {', '.join(done)}"] if done else []
+        parts += [f"with a checkpoint: {', '.join(saved)}"] if saved else []
+        return f"Safe in {self.path} ({'; '.join(parts) or 'nothing yet'}); the run goes on from there."
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
-    def _checkpoint(self, stage: str) -> Path:
-        return self.path / "checkpoints" / f"{stage.replace('/', '-')}.pt"
+    def _checkpoints(self, stage: str) -> tuple[Path, Path]:
+        """The newest, and the one before it."""
+        name = stage.replace("/", "-")
+        return self.path / CHECKPOINTS / f"{name}.pt", self.path / CHECKPOINTS / f"{name}-previous.pt"
+
+    def _nonfinite(self, stage: str) -> Path:
+        return self.path / CHECKPOINTS / f"{stage.replace('/', '-')}-nonfinite.pt"
 
     def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None:
+        """Keeps a training's state, and the one before it."""
         if not self.writes:
             return
-        with replacing(self._checkpoint(stage)) as part:
-            torch.save(state, part)
+        newest, before = self._checkpoints(stage)
+        with replacing(newest) as part:
+            with part.open("wb") as file:
+                _save_sealed(state, file)
+            if newest.is_file() and newest not in self._damaged:
+                os.replace(newest, before)
+        self._damaged.discard(newest)
 
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
-        path = self._checkpoint(stage)
-        if not path.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-            raise RunFolderError(f"{path} is damaged ({error}). Delete it to train {stage} from the start.") from None
-        return state
+    def load_checkpoint(self, stage: str, note: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+        """A training's newest state that is whole, or None where it has none.
+
+        Args:
+            stage: whose.
+            note: hears of a damaged one that is passed over.
+
+        Raises:
+            RunFolderError: there are some, and every one is damaged.
+        """
+        problems: list[str] = []
+        there = [path for path in self._checkpoints(stage) if path.is_file()]
+        for path in there:
+            try:
+                state = _load_sealed(path)
+            except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+                problems.append(f"{path} is damaged ({error})")
+                self._damaged.add(path)
+                continue
+            if problems and note is not None:
+                note(f"{problems[0]}; {stage} goes on from the checkpoint before it.")
+            return state
+        if problems:
+            names = " and ".join(map(str, there))
+            raise RunFolderError(f"{'; '.join(problems)}. Delete {names} to train {stage} from the start.")
+        return None
+
+    def save_nonfinite(self, stage: str, record: dict[str, Any]) -> Path:
+        """Keeps what a step needs to be run again that gave a number which is not finite."""
+        path = self._nonfinite(stage)
+        if self.writes:
+            with replacing(path) as part, part.open("wb") as file:
+                torch.save(record, file)
+        return path
 
     # The log ----------------------------------------------------------------------------------------------------
 
     def log(self, line: dict[str, Any]) -> None:
         if not self.writes:
             return
-        with (self.path / LOG).open("a", encoding="utf-8") as log:
+        path = self.path / LOG
+        with disk_errors(path), path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line, ensure_ascii=False) + "\n")
+            log.flush()
+            os.fsync(log.fileno())  # a checkpoint that outlasts a loss of power has its epochs' lines
 
     def read_log(self) -> list[dict[str, Any]]:
         path = self.path / LOG
         if not path.is_file():
             return []
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
@@ -152,6 +270,45 @@ class RunFolder:
         seconds = dict(self.provenance().get("seconds", {}))
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
         self.note_provenance(seconds=seconds)
+
+
+class _Hashing:
+    """A file that is written and hashed at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save_sealed(state: dict[str, Any], file: BinaryIO) -> None:
+    """Saves a state with the SHA-256 of what was meant to be written behind it; it is on the disk then."""
+    hashing = _Hashing(file)
+    torch.save(state, hashing)  # type: ignore[arg-type]
+    file.write(_SEAL + hashing.digest.hexdigest().encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _load_sealed(path: Path) -> dict[str, Any]:
+    left = path.stat().st_size - _SEAL_BYTES
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, 2**20))):
+            digest.update(piece)
+            left -= len(piece)
+        seal = file.read()
+    if not seal.startswith(_SEAL):
+        raise ValueError("it is cut off")
+    if seal != _SEAL + digest.hexdigest().encode() + b"\n":
+        raise ValueError("its checksum is another than when it was written")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def environment(device: torch.device) -> dict[str, Any]:

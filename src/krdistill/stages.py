@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from .data import DataBundle, load_data
 from .data.augment import Compose, Cutout, RandomCrop, TrivialAugmentWide
 from .data.containers import ImageData
 from .distributed import World, broadcast
-from .errors import DataError, ModelError
+from .errors import DataError, KrdistillError, ModelError
 from .evaluation import evaluate_predictions
 from .events import Events
 from .models.experts import Experts
@@ -31,18 +32,24 @@ from .recipes.distill import DistillOptions, resolve_tau
 from .rectify import class_means, remove_prior
 from .rectify.second_stage import apply_second_stage
 from .rng import derive_seed
-from .training.loop import EpochRecord, Trainer, collect_outputs
+from .training.loop import DivergedError, EpochRecord, Trainer, collect_outputs
 from .training.task import Task, best_device
 
 CHECKPOINT_SECONDS = 20.0
 MAX_VIEW_VALUES = 32_000_000  # logits kept of a teacher's profile: 128 MB of float32
 
 
-class TrainingStore(Protocol):
-    """Where a training keeps its checkpoints and its log; a run folder is one."""
+class StoppedError(KrdistillError):
+    """A run was asked to stop, and has: what it did is saved."""
 
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None: ...
+
+class TrainingStore(Protocol):
+    """Where a training keeps its checkpoints and its log, and hears that it should stop; a run folder is one."""
+
+    def stopping(self) -> bool: ...
+    def load_checkpoint(self, stage: str, note: Callable[[str], None] | None = None) -> dict[str, Any] | None: ...
     def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None: ...
+    def save_nonfinite(self, stage: str, record: dict[str, Any]) -> Path: ...
     def rewind_log(self, stage: str, epoch: int) -> None: ...
     def log(self, line: dict[str, Any]) -> None: ...
 
@@ -71,6 +78,7 @@ def load_configured_data(config: DataConfig, on_progress: Callable[[int, int], N
         n_max=config.n_max,
         seed=config.cut_seed,
         val_fraction=config.val_fraction,
+        split_by=config.split_by,
         image_size=config.image_size,
         on_unreadable=config.on_unreadable,
         empty=config.empty,
@@ -104,6 +112,10 @@ def fit(
 
     Returns:
         ``{"epochs", "best": {"epoch", "top1", "chosen_on"}, "seconds"}``.
+
+    Raises:
+        StoppedError: the store said so after a step; its state is saved.
+        DivergedError: a loss or gradient was not finite; what the step needs to be run again is saved.
     """
     events = events or Events()
     judged, judged_on = (data.val, "validation") if data.val is not None else (data.test, "test")
@@ -115,22 +127,27 @@ def fit(
     def on_step(done: int, total: int) -> None:
         nonlocal saved
         events.progress(stage, done, total)
-        if store is not None and together.first and done < total and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+        if store is None or not together.first or done == total:
+            return
+        stopping = store.stopping()
+        if stopping or time.perf_counter() - saved > CHECKPOINT_SECONDS:
             store.save_checkpoint(stage, {"trainer": trainer.state(), "best": best, "seconds": seconds})
             saved = time.perf_counter()
+        if stopping:
+            raise StoppedError(f"Stopped after step {done} of {total} of {stage}, and saved; the same command goes on.")
 
     trainer = Trainer(
         task, data.train, train, seed=seed, device=device, answers=answers, world=together, on_step=on_step
     )
     if store is not None:
-        state = broadcast(store.load_checkpoint(stage) if together.first else None, together)
+        state = broadcast(store.load_checkpoint(stage, events.note) if together.first else None, together)
         if state is not None:
             trainer.restore(state["trainer"])
             best, seconds = state["best"], state["seconds"]
             within = f", {trainer.sums['steps']} steps into the next" if trainer.sums["steps"] else ""
             events.note(f"{stage}: going on after epoch {trainer.epoch} of {train.epochs}{within}")
         store.rewind_log(stage, trainer.epoch)
-    for record in trainer.epochs():
+    for record in _explained(trainer, stage, store):
         seconds += record.seconds
         line = _log_line(stage, record, groups)
         if record.last or record.epoch % train.evaluate_every == 0:
@@ -150,6 +167,17 @@ def fit(
         task.network.load_state_dict(trainer.network.state_dict())
     task.network.eval()
     return {"epochs": train.epochs, "best": best, "seconds": round(seconds, 2)}
+
+
+def _explained(trainer: Trainer, stage: str, store: TrainingStore | None) -> Iterator[EpochRecord]:
+    """A trainer's epochs; a step that gave a number which is not finite is kept, to be run again."""
+    try:
+        yield from trainer.epochs()
+    except DivergedError as error:
+        if store is None:
+            raise
+        path = store.save_nonfinite(stage, error.record)
+        raise DivergedError(f"{stage}: {error} The step can be run again from {path}.", error.record) from None
 
 
 def train_teacher(

@@ -24,7 +24,7 @@ from PIL import Image
 
 from krdistill.config import DataConfig
 from krdistill.data import cache, load_data, load_images
-from krdistill.data import folder as folder_module
+from krdistill.data import listing as listing_module
 from krdistill.data.cache import DIGESTS, IMAGES, META, PROGRESS, MappedImages, build_cache, cache_key, open_cache
 from krdistill.data.containers import ImageData
 from krdistill.data.decoding import decode
@@ -192,9 +192,9 @@ def test_auto_goes_by_the_decoded_size(tmp_path: Path, monkeypatch: Any, image_s
     for name in "ab":
         for i in range(3):
             save(tmp_path / "set" / name / f"{i}.png", i, (10, 10), 1)
-    monkeypatch.setattr(folder_module, "CACHE_ABOVE", 600)
+    monkeypatch.setattr(listing_module, "CACHE_ABOVE", 600)
     assert type(load_images(tmp_path / "set", image_size=image_size).train.images) is torch.Tensor
-    monkeypatch.setattr(folder_module, "CACHE_ABOVE", 599)
+    monkeypatch.setattr(listing_module, "CACHE_ABOVE", 599)
     assert isinstance(load_images(tmp_path / "set", image_size=image_size).train.images, MappedImages)
     never = load_images(tmp_path / "set", image_size=image_size, cache="never")
     assert type(never.train.images) is torch.Tensor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +437,58 @@ def test_empty_classes_are_an_error_or_dropped(tmp_path: Path) -> None:
     assert bundle.test.ids == ("test/a/000.png", "test/a/001.png", "test/c/000.png")
     with pytest.raises(ArgumentError, match="'error' or 'drop'"):
         load_data(tmp_path, empty="keep")
+
+
+# Files from the wild: each is named with its reason, and the rest is not lost -----------------------------------------
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few bytes whose header promises 30,000 x 30,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")))
+
+
+def truncated(path: Path) -> None:
+    Image.fromarray(noise(64, 1)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("cache", ["never", "always"])
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("bomb.png", bomb, "more than 89,478,485 pixels"),
+        ("cut off.jpg", truncated, "truncated"),
+        ("schleife ü.png", loop, "too many levels of symbolic links"),
+        ("pdf.jpg", lambda path: path.write_bytes(b"%PDF-1.7\n"), "no image format that Pillow knows"),
+        ("bits.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), ""),
+    ],
+)
+def test_one_bad_file_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Any, reason: str, cache: Any
+) -> None:
+    monkeypatch.setenv("KRDISTILL_CACHE", str(tmp_path / "cache"))
+    root = animals(tmp_path / "set", {"a b": 4, "日本": 4})
+    make(root / "a b" / name)
+    with pytest.raises(DataError, match=rf"1 of 9 images in .* cannot be read: a b/{name} \(.*{reason}.*on_unreadable"):
+        load_images(root, image_size=8, cache=cache)
+    loaded = load_images(root, image_size=8, on_unreadable="skip", cache=cache)
+    assert len(loaded.train) + len(loaded.test) == 8 and any(f"left out: a b/{name}" in n for n in loaded.notes)
+
+
+def test_folders_linked_in_a_ring(tmp_path: Path) -> None:
+    animals(tmp_path / "set", {"a": 4, "b": 4})
+    (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set" / "a")
+    (tmp_path / "set" / "b" / "self").symlink_to("self")
+    loaded = load_images(tmp_path / "set")
+    assert len(loaded.train) + len(loaded.test) == 8 and any(
+        "passed over (1 without suffix)" in n for n in loaded.notes
+    )

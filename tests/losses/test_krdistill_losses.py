@@ -249,7 +249,9 @@ def test_bad_settings_are_refused_at_construction() -> None:
         build(anchors=None, rectify="blend", strength=torch.zeros(K))
     with pytest.raises(ArgumentError, match="teacher_dim: expected the width"):
         build(anchors=None, rectify="none")
-    with pytest.raises(ArgumentError, match="rectify: expected one of 'recentre', 'blend', 'none', but got 'move'"):
+    with pytest.raises(
+        ArgumentError, match=r"rectify: expected one of .recentre., .blend., .*, .none., but got .move."
+    ):
         build(rectify="move")
     with pytest.raises(ArgumentError, match="distance: expected one of 'cosine', 'squared', but got 'l1'"):
         build(class_means=means, distance="l1")

@@ -50,6 +50,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "focal": lambda s, t, y: focal_loss(s, y, class_weights=1 / COUNTS.double()),
     "kd": lambda s, t, y: kd_divergence(s, t, temperature=3),
     "lrd": lambda s, t, y: lrd_loss(s, t, y, log_prior=LOG_PRIOR),
+    "lrd_student": lambda s, t, y: lrd_loss(s, t, y, log_prior=LOG_PRIOR, prior_side="student"),
     "bkd": lambda s, t, y: bkd_loss(s, t, class_weights=1 / COUNTS.double()),
     "cckd": lambda s, t, y: cckd_loss(s, t, teacher_log_prior=LOG_PRIOR / 2, student_log_prior=LOG_PRIOR),
     "dkd": lambda s, t, y: dkd_loss(s, t, y, alpha=0.7, beta=3, temperature=2),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
     from ..distributed import World
     from ..pipeline import Plan
 
+STOPPED = 75  # "temporary failure": what a scheduler may simply start again
+_ONE_STOP_SECONDS = 5.0
+
 
 @click.command(context_settings=OVERRIDES)
 @click.argument("config", metavar="PRESET|CONFIG.yaml")
@@ -30,7 +38,8 @@ def run(ctx: click.Context, config: str, out: Path | None, dry_run: bool) -> Non
 
     Any value of the configuration can be given as --section.key VALUE, such as --student.train.epochs 100,
     --recipe kd, --recipe.tau auto or --seed 1; --train.KEY sets it for teacher and student alike. A run that was
-    interrupted goes on where it stopped when the same command is given again. Many processes share a run when they are
+    interrupted goes on where it stopped when the same command is given again. Ctrl-C or SIGTERM saves after the step
+    that is under way and ends with exit code 75; a second one ends at once. Many processes share a run when they are
     started by torchrun: torchrun --nproc-per-node 2 -m krdistill run PRESET.
     """
     from ..config import load_config
@@ -62,47 +71,98 @@ def _run(config: RunConfig, out: Path | None, *, dry_run: bool) -> None:
     with needs_packages():
         from .. import pipeline
         from ..distributed import DistributedError, join
+        from ..stages import StoppedError
     folder = out if out is not None else Path("runs") / config.name
+    stop = _never
     try:
-        with join(config.device) as world:
+        with join(config.device) as world, stop_by_signal(world) as stop:
             try:
                 if world.first:
-                    _show(config, folder, world, dry_run=dry_run)
+                    _show(config, folder, world, stop, dry_run=dry_run)
                 elif not dry_run:
                     pipeline.run(pipeline.prepare(config), folder, world=world)
             except DistributedError:
                 raise
+            except StoppedError as stopped:
+                click.echo(stopped)
+                sys.stdout.flush()
+                if world.size > 1:
+                    os._exit(STOPPED)  # not by way of the process group: the others wait in it
+                sys.exit(STOPPED)
             except KrdistillError:
                 if world.first:
                     raise
                 sys.exit(2)  # the first process says why
     except DistributedError as error:
+        if stop():
+            os._exit(STOPPED)  # the first process has saved and gone
         print_error(str(error))
         sys.stdout.flush()
         os._exit(1)  # what is left of the process group may hang on the way out
 
 
-def _show(config: RunConfig, folder: Path, world: World, *, dry_run: bool) -> None:
+def _never() -> bool:
+    return False
+
+
+@contextmanager
+def stop_by_signal(world: World) -> Iterator[Callable[[], bool]]:
+    """A block in which the first SIGINT or SIGTERM is only noted, and a second one ends the process at once.
+
+    Under torchrun a person's Ctrl-C comes twice, from the terminal and from torchrun, so what follows within seconds
+    is the same one there. Yields what says whether a signal came.
+    """
+    since: list[float] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def heard(number: int, frame: object) -> None:
+        if not since:
+            since.append(time.monotonic())
+            if world.first:  # not print: the signal may have come in the middle of one
+                os.write(2, b"\nsaving after this step, then stopping; once more stops at once\n")
+        elif world.size == 1 or time.monotonic() - since[0] > _ONE_STOP_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are for the main thread alone
+        yield _never
+        return
+    before = {number: signal.signal(number, heard) for number in signals}
+    try:
+        yield lambda: bool(since)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show(config: RunConfig, folder: Path, world: World, stop: Callable[[], bool], *, dry_run: bool) -> None:
     """The run with all that a person sees of it."""
     from .. import console as show
     from .. import pipeline
+    from ..stages import StoppedError
 
     console = make_console()
     with console.status("reading the data") as status:
-        plan = pipeline.prepare(
-            config, lambda done, total: status.update(f"decoding the images, once: {done:,} of {total:,}")
-        )
+
+        def on_progress(done: int, total: int) -> None:
+            if stop():
+                raise StoppedError(f"Stopped while decoding image {done:,} of {total:,}. Give the same command again.")
+            status.update(f"decoding the images, once: {done:,} of {total:,}")
+
+        plan = pipeline.prepare(config, on_progress)
     show.print_plan(console, plan, folder)
     if world.size > 1:
         console.print(f"{world.size} processes, each with its share of every batch", highlight=False)
     if dry_run:
         return
     events = show.ConsoleEvents(console)
-    try:
+
+    def opened() -> None:  # a folder that cannot be used is refused before anything is measured
         if world.size == 1:
-            pipeline.open_folder(plan, folder)  # a folder that cannot be used is refused before anything is measured
             _print_estimate(console, plan, folder)
-        metrics = pipeline.run(plan, folder, events=events, world=world)
+
+    try:
+        metrics = pipeline.run(plan, folder, events=events, world=world, stop=stop, opened=opened)
     finally:
         events.close()
     console.print()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .containers import ImageData as ImageData
     from .containers import LoadedImages as LoadedImages
     from .downloading import download as download
+    from .inspection import inspect_data as inspect_data
     from .long_tail import largest_n_max as largest_n_max
     from .long_tail import long_tail_counts as long_tail_counts
     from .long_tail import long_tail_indices as long_tail_indices
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "containers": ("DataBundle", "ImageData", "LoadedImages"),
     "downloading": ("download",),
+    "inspection": ("inspect_data",),
     "long_tail": ("largest_n_max", "long_tail_counts", "long_tail_indices"),
     "sources": ("SOURCES", "SourceInfo", "data_root", "list_sources", "load_images"),
     "splits": ("carve_validation", "cut_long_tail", "load_data"),

@@ -33,6 +33,8 @@ class ImageData:
         ids: one text per image that says which one it is: a file's path under the data's root, or part and upstream
             row, such as ``train/123``.
         name: name of the data set.
+        units: one text per image, where some belong together (a patient, near-duplicates): images with the same text
+            are never parted by a split. None where each is on its own.
 
     Raises:
         ArgumentError: shapes, dtypes, labels, names or ids that do not fit each other.
@@ -43,6 +45,7 @@ class ImageData:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     name: str = "images"
+    units: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -59,6 +62,8 @@ class ImageData:
                 f"Expected as many labels and ids as images, got {len(images)} images, {len(labels)} labels and "
                 f"{len(self.ids)} ids."
             )
+        if self.units is not None and len(self.units) != len(labels):
+            raise ArgumentError(f"Expected as many units as images, got {len(self.units)} for {len(labels)} images.")
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if K == 0 or twice or not all(isinstance(name, str) and name for name in self.class_names):
             raise ArgumentError(
@@ -124,8 +129,16 @@ class ImageData:
             ArgumentError: a row that does not exist, or no row at all.
         """
         rows = _positions(index, len(self), "rows")
+        return self._at(rows)
+
+    def _at(self, rows: Tensor) -> ImageData:
+        index = rows.tolist()
         return replace(
-            self, images=self._images_at(rows), labels=self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist())
+            self,
+            images=self._images_at(rows),
+            labels=self.labels[rows],
+            ids=tuple(self.ids[i] for i in index),
+            units=None if self.units is None else tuple(self.units[i] for i in index),
         )
 
     def _images_at(self, rows: Tensor) -> Tensor:
@@ -152,11 +165,7 @@ class ImageData:
         if not len(rows):
             raise ArgumentError(f"{self.name}: none of the {len(classes)} classes kept has an image here.")
         return replace(
-            self,
-            images=self._images_at(rows),
-            labels=labels[rows],
-            class_names=tuple(self.class_names[k] for k in classes.tolist()),
-            ids=tuple(self.ids[i] for i in rows.tolist()),
+            self._at(rows), labels=labels[rows], class_names=tuple(self.class_names[k] for k in classes.tolist())
         )
 
     @classmethod

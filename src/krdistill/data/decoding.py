@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import signal
@@ -23,6 +24,9 @@ from ..errors import DataError
 
 if TYPE_CHECKING:
     from .containers import ImageData
+
+ImageFile = Path | bytes
+"""A file by its path, or its content."""
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -50,7 +54,7 @@ class Header:
     grey: bool
 
 
-def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[int, str]]:
+def read_headers(paths: Sequence[ImageFile]) -> tuple[list[Header | None], dict[int, str]]:
     """Sizes and kinds of image files, without decoding them.
 
     Returns:
@@ -64,7 +68,7 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[int, 
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for i, path in enumerate(paths):
             try:
-                with Image.open(path) as image:
+                with _open(path) as image:
                     turned = _orientation(image, loaded=False) >= 5
                     if turned and image.format == "TIFF":  # newer Pillows turn these themselves
                         image.load()
@@ -78,7 +82,7 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[int, 
 
 
 def decode(
-    paths: Sequence[Path], *, size: tuple[int, int], channels: int, resize: bool = False
+    paths: Sequence[ImageFile], *, size: tuple[int, int], channels: int, resize: bool = False
 ) -> tuple[npt.NDArray[np.uint8], dict[int, str]]:
     """Decodes image files, in several threads where that pays.
 
@@ -86,7 +90,7 @@ def decode(
     the first frame is taken.
 
     Args:
-        paths: the files.
+        paths: the files, or their contents.
         size: height and width.
         channels: 1 for grey, 3 for RGB.
         resize: scale and crop to ``size`` (see :func:`fit`); otherwise an image of another size counts as unreadable.
@@ -207,8 +211,8 @@ def unreadable_message(paths: Sequence[str], failures: dict[int, str], what: str
     )
 
 
-def _decode_one(path: Path, size: tuple[int, int], channels: int, resize: bool) -> npt.NDArray[np.uint8]:
-    with Image.open(path) as image:
+def _decode_one(path: ImageFile, size: tuple[int, int], channels: int, resize: bool) -> npt.NDArray[np.uint8]:
+    with _open(path) as image:
         if resize:
             # A JPEG can be decoded at a half, a quarter or an eighth: photographs of many megapixels, much faster.
             image.draft(None, (2 * max(size), 2 * max(size)))
@@ -222,6 +226,10 @@ def _decode_one(path: Path, size: tuple[int, int], channels: int, resize: bool) 
     elif plain.size != (size[1], size[0]):
         raise ValueError(f"{plain.width}x{plain.height} pixels, expected {size[1]}x{size[0]}")
     return np.asarray(plain).reshape(*size, channels)
+
+
+def _open(file: ImageFile) -> Image.Image:
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:
@@ -249,9 +257,10 @@ def _orientation(image: Image.Image, *, loaded: bool) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: ImageFile) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "empty file" if path.stat().st_size == 0 else "no image format that Pillow knows"
+        size = len(path) if isinstance(path, bytes) else path.stat().st_size
+        return "empty file" if size == 0 else "no image format that Pillow knows"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
     if isinstance(error, OSError) and error.strerror:

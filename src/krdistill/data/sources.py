@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import ArgumentError, DataError, unknown_name
 
 if TYPE_CHECKING:
-    from .containers import LoadedImages
+    from .containers import ImageData, LoadedImages
+    from .listing import Listing
 
 OnUnreadable = Literal["error", "skip"]
 CacheUse = Literal["auto", "always", "never"]
+SplitBy = Literal["none", "group", "duplicates"]
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,77 @@ def source_info(name: str) -> SourceInfo:
     if name not in SOURCES:
         raise DataError(
             unknown_name(
-                "data source", name, SOURCES, hint="A folder of images is given by its path, such as ./my-images."
+                "data source",
+                name,
+                SOURCES,
+                hint="A folder of images or a file is given by its path, such as ./my-images.",
             )
         )
     return SOURCES[name]
 
 
-def is_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether ``source`` names a folder of images: a path object, a text with a path separator, or a folder there is.
+_FILE_SUFFIXES = (".csv", ".tsv", ".parquet", ".npz", ".txt", ".txt.xz", ".txt.gz")
+
+
+def is_path(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` names a folder or a file: a path object, a text with a path separator or with the suffix of a
+    manifest, list or archive, or a folder there is.
 
     The name of a known source always means that source.
     """
     if not isinstance(source, str):
         return True
-    return source not in SOURCES and ("/" in source or os.sep in source or Path(source).expanduser().is_dir())
+    if source in SOURCES:
+        return False
+    named = "/" in source or os.sep in source or source.lower().endswith(_FILE_SUFFIXES)
+    return named or Path(source).expanduser().is_dir()
+
+
+def list_files(source: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Listing | None:
+    """The image files and labels of a folder of images, a manifest or list files, unopened.
+
+    Args:
+        source: the path.
+        root: what the relative paths of a manifest or a list start from; by default its own folder.
+
+    Returns:
+        The listing; None where the path leads to a NumPy archive or a data set of the Hugging Face library.
+
+    Raises:
+        DataError: as :func:`krdistill.data.folder.list_folder`, :func:`krdistill.data.manifest.list_manifest` and
+            :func:`krdistill.data.lists.list_lists`; or a file of another kind.
+    """
+    from .arrays import is_hub_folder
+    from .folder import list_folder
+    from .lists import find_lists, is_list, list_lists
+    from .manifest import MANIFEST_SUFFIXES, list_manifest
+
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if is_hub_folder(path):
+            return None
+        listed = any("train" in parts for parts in find_lists(path).values()) or _only_lists(path)
+        return list_lists(path, root=root) if listed else list_folder(path)
+    if suffix == ".npz":
+        return None
+    if suffix in MANIFEST_SUFFIXES:
+        return list_manifest(path, root=root)
+    if is_list(path):
+        return list_lists(path, root=root)
+    if path.exists():
+        raise DataError(
+            f"{path} is a file; expected a folder of class folders, a manifest (.csv, .tsv, .parquet), list files "
+            "(.txt) or a NumPy archive (.npz)."
+        )
+    return list_folder(path)
+
+
+def _only_lists(folder: Path) -> bool:
+    """Whether a folder holds list files and no other folder, so that lists are what was meant."""
+    from .lists import find_lists
+
+    return bool(find_lists(folder)) and not any(e.is_dir() and not e.name.startswith(".") for e in folder.iterdir())
 
 
 def locate(info: SourceInfo, root: str | os.PathLike[str] | None = None) -> Path:
@@ -180,22 +239,33 @@ def load_images(
     on_unreadable: OnUnreadable = "error",
     test_fraction: float | None = None,
     test_seed: int = 0,
+    split_by: SplitBy = "none",
     cache: CacheUse = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedImages:
     """Reads a data source whole, uncut.
 
     Args:
-        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or the path of a folder of images (see
-            :func:`krdistill.data.folder.load_folder` for its layout).
-        root: folder that holds the known data sets (see :func:`data_root`); a folder's path does not depend on it.
+        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``; or the path of a folder of images
+            (:func:`krdistill.data.folder.load_folder`), a manifest ``.csv``, ``.tsv`` or ``.parquet``
+            (:func:`krdistill.data.manifest.list_manifest`), lists ``path label`` or their folder
+            (:func:`krdistill.data.lists.list_lists`), a NumPy archive ``.npz``
+            (:func:`krdistill.data.arrays.load_npz`), or a data set that the Hugging Face library saved
+            (:func:`krdistill.data.arrays.load_hub`).
+        root: folder that holds the known data sets (see :func:`data_root`); for a manifest or lists, what their
+            relative paths start from, by default their own folder. Other paths do not depend on it.
         image_size: side in pixels. Images are scaled so that the shorter side fits, and cropped to the centre square
             (bicubic, antialiased). None keeps the size they have, which then must be the same for all.
         on_unreadable: for image files: ``error`` lists those that cannot be decoded, ``skip`` leaves them out and
             says so in the notes.
-        test_fraction: for a folder without a test part: the share of images that is put aside as one (0.2).
-        test_seed: for ``digits`` and a folder without a test part: which images those are.
-        cache: for a folder: whether its images are decoded once into a memory-mapped file (see
+        test_fraction: for a path without a test part: the share of images that is put aside as one (0.2).
+        test_seed: for ``digits`` and a path without a test part: which images those are.
+        split_by: what no split separates: ``none``, every image is on its own; ``group``, the images of one group as
+            the source names it (a manifest's column ``group``); ``duplicates``, near-duplicates
+            (:mod:`krdistill.data.duplicates`). It holds for the test part that is put aside and for a validation
+            part. Of parts that the source has itself, a group in two of them is an error, near-duplicates in two of
+            them a note.
+        cache: for image files: whether its images are decoded once into a memory-mapped file (see
             :func:`krdistill.data.folder.load_folder`).
         on_progress: called with the images decoded into that file so far and their number.
 
@@ -206,34 +276,55 @@ def load_images(
         DataError: the source is unknown, missing, damaged, unreadable or inconsistent.
         ArgumentError: an option is out of range or does not apply to the source.
     """
-    from . import cifar, digits, folder, tiny_imagenet
-    from .decoding import resize_images
+    from . import arrays, cifar, digits, tiny_imagenet
+    from .listing import check_test_fraction, finish, load_listed
 
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise ArgumentError(f"Expected image_size to be a positive number of pixels, got {image_size!r}.")
     if on_unreadable not in ("error", "skip"):
         raise ArgumentError(f"Expected on_unreadable to be 'error' or 'skip', got {on_unreadable!r}.")
-    if is_folder(source):
-        return folder.load_folder(
-            source,
-            image_size=image_size,
-            on_unreadable=on_unreadable,
-            test_fraction=test_fraction,
-            test_seed=test_seed,
-            cache=cache,
-            on_progress=on_progress,
-        )
+    if is_path(source):
+        listing = list_files(source, root=root)
+        if listing is not None:
+            return load_listed(
+                listing,
+                image_size=image_size,
+                on_unreadable=on_unreadable,
+                test_fraction=test_fraction,
+                test_seed=test_seed,
+                split_by=split_by,
+                cache=cache,
+                on_progress=on_progress,
+            )
+        if cache == "always":
+            raise ArgumentError(f"cache 'always' does not apply to {source}, which is read into memory; use 'auto'.")
+        check_test_fraction(test_fraction, (), str(source))
+        if Path(source).suffix.lower() == ".npz":
+            parts, notes = arrays.load_npz(source)
+            parts = _resized(parts, image_size)
+        else:
+            parts, notes = arrays.load_hub(source, image_size=image_size, on_unreadable=on_unreadable)
+        return finish(parts, notes, split_by, test_fraction, test_seed)
     info = source_info(str(source))
     if cache == "always":
         raise ArgumentError(f"cache 'always' does not apply to {info.name}, which is read into memory; use 'auto'.")
     if test_fraction is not None:
         raise ArgumentError(f"test_fraction does not apply to {info.name}, which has a test part of its own.")
     if info.name == "tiny-imagenet":
-        return tiny_imagenet.load_tiny_imagenet(locate(info, root), image_size=image_size, on_unreadable=on_unreadable)
-    if info.name == "digits":
+        loaded = tiny_imagenet.load_tiny_imagenet(
+            locate(info, root), image_size=image_size, on_unreadable=on_unreadable
+        )
+    elif info.name == "digits":
         loaded = digits.load_digits(test_seed=test_seed)
     else:
         loaded = cifar.load_cifar(locate(info, root), info.files, name=info.name)
+    known = _resized({"train": loaded.train, "test": loaded.test}, image_size)
+    return finish(known, loaded.notes, split_by)
+
+
+def _resized(parts: dict[str, ImageData], image_size: int | None) -> dict[str, ImageData]:
+    from .decoding import resize_images
+
     if image_size is None:
-        return loaded
-    return loaded._replace(train=resize_images(loaded.train, image_size), test=resize_images(loaded.test, image_size))
+        return parts
+    return {part: resize_images(data, image_size) for part, data in parts.items()}

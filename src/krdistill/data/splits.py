@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..errors import ArgumentError, DataError
-from .containers import DataBundle, ImageData, first_few
+from .containers import DataBundle, ImageData, LoadedImages, first_few
 from .long_tail import Profile, largest_n_max, long_tail_counts, long_tail_indices
 from .selection import choose
-from .sources import CacheUse, OnUnreadable, load_images
+from .sources import CacheUse, OnUnreadable, SplitBy, load_images
 
 # Above this ratio of largest to smallest class the data count as unequal, and a default n_max would be a guess.
 _BALANCED = 2.0
@@ -34,6 +34,7 @@ def load_data(
     empty: Literal["error", "drop"] = "error",
     test_fraction: float | None = None,
     test_seed: int = 0,
+    split_by: SplitBy = "none",
     cache: CacheUse = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataBundle:
@@ -43,8 +44,10 @@ def load_data(
     together are the canonical split.
 
     Args:
-        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or the path of a folder of images.
+        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or the path of a folder of images, a manifest,
+            lists, a NumPy archive or a Hugging Face data set (see :func:`krdistill.data.load_images`).
         root: folder that holds the known data sets; by default ``$KRDISTILL_DATA``, else ``~/.cache/krdistill/data``.
+            For a manifest or lists: what their relative paths start from, by default their own folder.
         profile: ``exp``, ``step`` or ``pareto`` (:func:`krdistill.data.long_tail_counts`); ``none`` keeps the data.
         imbalance_factor: largest over smallest class of the cut, at least 1.
         n_max: images of the largest class of the cut; by default as many as every class can supply.
@@ -58,6 +61,8 @@ def load_data(
         empty: ``drop`` leaves classes without a training image out, in every part; by default they are an error.
         test_fraction: see :func:`krdistill.data.load_images`.
         test_seed: see :func:`krdistill.data.load_images`.
+        split_by: see :func:`krdistill.data.load_images`; the validation part heeds it too, and then its shares are met
+            as nearly as whole groups allow.
         cache: see :func:`krdistill.data.load_images`; the parts are the same with and without.
         on_progress: see :func:`krdistill.data.load_images`.
 
@@ -73,16 +78,57 @@ def load_data(
     if empty not in ("error", "drop"):
         raise ArgumentError(f"Expected empty to be 'error' or 'drop', got {empty!r}.")
     _check_validation(val_fraction, val_per_class)
-    train, test, val, notes = load_images(
+    loaded = load_images(
         source,
         root=root,
         image_size=image_size,
         on_unreadable=on_unreadable,
         test_fraction=test_fraction,
         test_seed=test_seed,
+        split_by=split_by,
         cache=cache,
         on_progress=on_progress,
     )
+    return cut_loaded(
+        loaded,
+        profile=profile,
+        imbalance_factor=imbalance_factor,
+        n_max=n_max,
+        seed=seed,
+        val_fraction=val_fraction,
+        val_per_class=val_per_class,
+        empty=empty,
+        record={
+            "source": os.fspath(source),
+            "image_size": image_size,
+            "on_unreadable": on_unreadable,
+            "test_fraction": test_fraction,
+            "test_seed": test_seed,
+            "split_by": split_by,
+        },
+    )
+
+
+def cut_loaded(
+    loaded: LoadedImages,
+    *,
+    profile: Profile = "none",
+    imbalance_factor: float = 1.0,
+    n_max: int | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.0,
+    val_per_class: int | None = None,
+    empty: Literal["error", "drop"] = "error",
+    record: Mapping[str, Any] | None = None,
+) -> DataBundle:
+    """The second half of :func:`load_data`: from a source's parts to the parts of a run.
+
+    Args:
+        loaded: what a source holds.
+        profile, imbalance_factor, n_max, seed, val_fraction, val_per_class, empty: as in :func:`load_data`.
+        record: what else defines the split, for its record.
+    """
+    train, test, val, notes = loaded
     if val is not None and (val_fraction or val_per_class):
         raise ArgumentError(f"{train.name} has a validation part of its own; leave val_fraction and val_per_class out.")
     bundle = DataBundle(train=train, test=test, val=val)
@@ -106,7 +152,6 @@ def load_data(
         test=bundle.test,
         val=val,
         split={
-            "source": os.fspath(source),
             "name": train.name,
             "profile": profile,
             "imbalance_factor": float(imbalance_factor),
@@ -114,11 +159,8 @@ def load_data(
             "seed": seed,
             "val_fraction": val_fraction,
             "val_per_class": val_per_class,
-            "image_size": image_size,
-            "on_unreadable": on_unreadable,
             "empty": empty,
-            "test_fraction": test_fraction,
-            "test_seed": test_seed,
+            **(record or {}),
             "dropped_classes": absent,
             "notes": list(notes),
         },
@@ -217,6 +259,11 @@ def carve_validation(
     else:
         raise ArgumentError("Expected a share or a number of images per class to put aside, got neither.")
     chosen = choose(data, wanted, seed, "validation")
+    if not chosen.any():
+        raise DataError(
+            f"{data.name}: the images that belong together cannot be parted, so there is nothing to validate on. Leave "
+            "val_fraction and val_per_class out, or use split_by 'none' (data.split_by in a configuration)."
+        )
     return data.subset(~chosen), data.subset(chosen)
 
 

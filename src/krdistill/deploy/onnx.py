@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import KrdistillError, MissingDependencyError
+from ..errors import ArgumentError, KrdistillError, MissingDependencyError
 from ..files import replacing
 from ..models.network import Network
+from .measuring import count_graph
 
 TOLERANCE = 1e-4
 
 
 class ExportError(KrdistillError):
-    """The exported file does not answer as the network does."""
+    """The exported file does not answer as the network does.
+
+    Attributes:
+        report: what was measured, where anything was.
+    """
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
-class _Deployed(nn.Module):
+class Deployed(nn.Module):
     """uint8 images ``(B, C, H, W)`` to class probabilities ``(B, K)``: what the device runs."""
 
     def __init__(self, network: Network) -> None:
@@ -35,16 +44,23 @@ class _Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.network(images).logits, dim=1)
+        return torch.softmax(self.network(images).logits.float(), dim=1)
 
 
-def export_onnx(network: Network, path: Path) -> Path:
+def export_onnx(network: Network, path: Path, *, class_counts: Sequence[int] | None = None) -> Path:
     """Writes an ONNX file that takes raw images.
 
     Input ``images``: uint8 ``(batch, C, H, W)``, values 0 to 255, batch dynamic. Output ``probabilities``: float32
-    ``(batch, K)``. The class names, in order, are in the file's metadata under ``class_names`` (JSON).
+    ``(batch, K)``. The class names, in order, are in the file's metadata under ``class_names`` (JSON), and so are mean,
+    std, image size and, where they are given, ``class_counts``.
+
+    Args:
+        network: the student.
+        path: the file to write.
+        class_counts: training images of each class, K numbers: what ``krdistill predict --prior natural`` needs.
 
     Raises:
+        ArgumentError: another number of class counts than of classes.
         MissingDependencyError: the ``onnx`` extra is not installed.
     """
     try:
@@ -54,13 +70,11 @@ def export_onnx(network: Network, path: Path) -> Path:
         raise MissingDependencyError(
             f"Exporting to ONNX needs the package {error.name}: pip install 'krdistill[onnx]'."
         ) from None
-    module = _deployed(network)
-    height, width = network.image_size
-    example = torch.zeros(2, network.channels, height, width, dtype=torch.uint8)
-    with replacing(path) as part, _quiet():
+    card, module = device_card(network, class_counts), deployed(network)
+    with replacing(path) as part, quiet_export():
         torch.onnx.export(
             module,
-            (example,),
+            (example_images(network),),
             str(part),
             input_names=["images"],
             output_names=["probabilities"],
@@ -70,8 +84,9 @@ def export_onnx(network: Network, path: Path) -> Path:
             verbose=False,
         )
         model = onnx.load(str(part))
-        card = {k: v for k, v in network.card().items() if k != "architecture"}
-        card["class_names"] = list(network.class_names)
+        for node in model.graph.node:  # the exporter notes where in the source a node comes from, paths and all
+            del node.metadata_props[:]
+            node.doc_string = ""
         for key, value in card.items():
             entry = model.metadata_props.add()
             entry.key, entry.value = key, json.dumps(value, ensure_ascii=False)
@@ -90,7 +105,8 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
 
     Returns:
         ``largest_difference`` of the probabilities, ``agreement`` of the predicted class, ``images``, ``bytes``,
-        ``opset``, ``milliseconds_per_image`` (batch 1, median) and a ``sentence`` that says it in words.
+        ``opset``, ``parameters`` and ``macs`` (:func:`~krdistill.deploy.measuring.count_graph`),
+        ``milliseconds_per_image`` (batch 1, median) and a ``sentence`` that says it in words.
 
     Raises:
         ExportError: the largest difference is above 1e-4.
@@ -104,7 +120,7 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
             f"Checking the export needs the package {error.name}: pip install 'krdistill[onnx]'."
         ) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    module = _deployed(network)
+    module = deployed(network)
     largest, agree = 0.0, 0
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].permute(0, 3, 1, 2).contiguous()
@@ -124,30 +140,48 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
         started = time.perf_counter()
         session.run(None, {"images": one})
         times.append(time.perf_counter() - started)
-    size = path.stat().st_size
+    size, counts = path.stat().st_size, count_graph(path)
+    milliseconds = 1000 * float(np.median(times[10:]))
+    work = f", {counts['macs'] / 1e6:,.2f} M multiply-accumulates" if counts["macs"] is not None else ""
     return {
         "file": path.name,
         "bytes": size,
         "opset": max(e.version for e in onnx.load(str(path)).opset_import if e.domain in ("", "ai.onnx")),
+        **counts,
         "images": len(images),
         "largest_difference": largest,
         "agreement": agree / len(images),
-        "milliseconds_per_image": round(1000 * float(np.median(times[10:])), 4),
+        "milliseconds_per_image": round(milliseconds, 4),
         "sentence": f"{path.name}: ONNX Runtime agrees with PyTorch on {agree:,} of {len(images):,} test images "
-        f"(largest difference {largest:.1e}), {size / 1024:.0f} KiB",
+        f"(largest difference {largest:.1e}), {size / 1024:.0f} KiB{work} and {milliseconds:.2f} ms per image",
     }
 
 
-def _deployed(network: Network) -> _Deployed:
+def device_card(network: Network, class_counts: Sequence[int] | None) -> dict[str, Any]:
+    """What a file says of itself, as plain data: the network's card, and how frequent its classes were."""
+    card = {k: v for k, v in network.card().items() if k != "architecture"}
+    if class_counts is None:
+        return card
+    if len(class_counts) != network.num_classes:
+        raise ArgumentError(f"Expected {network.num_classes} class counts, got {len(class_counts)}.")
+    return {**card, "class_counts": [int(n) for n in class_counts]}
+
+
+def example_images(network: Network) -> Tensor:
+    """Two raw images, to trace the network with."""
+    return torch.zeros(2, network.channels, *network.image_size, dtype=torch.uint8)
+
+
+def deployed(network: Network) -> Deployed:
     """A plain copy: weights on the CPU, contiguous, in evaluation mode; the network stays as it is."""
-    module = copy.deepcopy(_Deployed(network)).cpu().eval()
+    module = copy.deepcopy(Deployed(network)).cpu().eval()
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()
     return module
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """The exporter's chatter is of no use to a user; errors still come through."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -26,11 +26,14 @@ from .lfme import ExpertDistillation
 from .logit_adjustment import LogitAdjustedLoss, adjust_logits, logit_adjusted_loss
 from .logit_matching import LogitMSE, logit_mse
 from .ltkd import LTKD, cross_group_divergence, group_log_probabilities, ltkd_loss, within_group_divergence
+from .prototype_contrast import PrototypeContrast, prototype_contrast_loss
+from .rectified_classifier import RectifiedClassifier, rectified_classifier_loss
 from .reviewkd import ReviewKD, hierarchical_context_loss
 from .rkd import RKD, rkd_angle_loss, rkd_distance_loss, rkd_loss
 from .similarity_preserving import SimilarityPreserving, similarity_preserving_loss
 from .simkd import ReusedClassifier, SimKD, simkd_loss
 from .ssd import AuxiliaryHead, ScaledTeacherDistillation
+from .tail_weighting import tail_weights
 
 __all__ = [
     "DKD",
@@ -56,6 +59,8 @@ __all__ = [
     "LogitRectifiedDistillation",
     "NormedLinear",
     "Projector",
+    "PrototypeContrast",
+    "RectifiedClassifier",
     "RepresentationRectifiedDistillation",
     "ReusedClassifier",
     "ReviewKD",
@@ -87,6 +92,8 @@ __all__ = [
     "ltkd_loss",
     "nce_loss",
     "non_target_class_divergence",
+    "prototype_contrast_loss",
+    "rectified_classifier_loss",
     "rectify_logits",
     "rkd_angle_loss",
     "rkd_distance_loss",
@@ -96,6 +103,7 @@ __all__ = [
     "simkd_loss",
     "smoothing_factors",
     "squared_distance",
+    "tail_weights",
     "target_class_divergence",
     "within_group_divergence",
 ]

@@ -7,7 +7,7 @@ are ours.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .._checks import (
     at_least_float32,
     check_choice,
     check_finite,
+    check_labels,
     check_logits,
     check_matrix,
     check_number,
@@ -28,15 +29,25 @@ from ..priors import ClassGroups, ClassPrior, CountsLike
 from ..rectify.anchor_rectification import blend_features, recentre_features
 from ..rectify.error_correction import CORRECTIONS, correct_errors, errors
 from ..rectify.prior_removal import remove_prior
+from ..rectify.variance_transfer import transfer_variance
 from .feature_matching import Projector, cosine_distance, squared_distance
 from .kd import softened_divergence
 
 Correction = Literal["lift", "swap", "none"]
-Rectification = Literal["recentre", "blend", "none"]
+Rectification = Literal["recentre", "blend", "variance-transfer", "none"]
+PriorSide = Literal["teacher", "student"]
 Distance = Literal["cosine", "squared"]
 
-RECTIFICATIONS = ("recentre", "blend", "none")
+RECTIFICATIONS = ("recentre", "blend", "variance-transfer", "none")
+PRIOR_SIDES = ("teacher", "student")
 DISTANCES = {"cosine": cosine_distance, "squared": squared_distance}
+_USES = {  # what each rectification takes besides the teacher's feature
+    "recentre": {"anchors", "class_means"},
+    "blend": {"anchors", "strength"},
+    "variance-transfer": {"class_means", "strength", "variation"},
+    "none": set(),
+}
+_Given = TypeVar("_Given")
 
 
 def rectify_logits(
@@ -77,11 +88,19 @@ def lrd_loss(
     correction: Correction = "lift",
     temperature: float = 4.0,
     class_weights: Tensor | None = None,
+    prior_side: PriorSide = "teacher",
 ) -> Tensor:
     r"""Logit-rectified distillation, our formulation: the student follows the teacher's rectified prediction.
 
-    .. math:: w_y \, T^2 \, \operatorname{KL}\big(\operatorname{softmax}(\tilde z / T) \,\|\,
-        \operatorname{softmax}(z_s / T)\big)
+    .. math:: w_y \, T^2 \, \operatorname{KL}\big(\operatorname{softmax}((\tilde z + o) / T) \,\|\,
+        \operatorname{softmax}((z_s + o) / T)\big), \qquad o =
+        \begin{cases}
+        0 & \text{teacher} \\
+        \tau \log \pi & \text{student}
+        \end{cases}
+
+    Both are 0 where the student's logits are the rectified ones. On the student's side the predictions are compared as
+    the training set has them: without correction, the teacher's as it is with the student's under the prior.
 
     Args:
         student_logits: z_s, shape ``(B, K)``.
@@ -89,7 +108,8 @@ def lrd_loss(
         labels: y, shape ``(B,)``.
         log_prior, tau, correction: as in :func:`rectify_logits`.
         temperature: T > 0.
-        class_weights: w, shape ``(K,)``, finite, >= 0; by default 1. See :func:`group_sample_weights`.
+        class_weights: w, shape ``(K,)``, finite, >= 0; by default 1. See :func:`tail_weights`.
+        prior_side: whether the prior is taken off the ``teacher`` or put on the ``student``.
 
     Returns:
         Shape ``(B,)``; float32, or float64 where the logits are.
@@ -97,20 +117,34 @@ def lrd_loss(
     Raises:
         ArgumentError: arguments that do not fit.
 
-    Source: arXiv 2409.07694 names the loss and its purpose; the formula is ours.
+    Source: arXiv 2409.07694 names the loss and its purpose; the formula is ours. The prior on the student's side:
+    Li, Li, Ye, Zhan, "Class-Conditional Knowledge Distillation" (CCKD), ICML 2024, PMLR 235:28204.
     """
+    check_choice("prior_side", prior_side, PRIOR_SIDES)
     rectified, _ = rectify_logits(teacher_logits, labels, log_prior=log_prior, tau=tau, correction=correction)
-    return _weighted_divergence(student_logits, rectified, labels, temperature, class_weights)
+    offset = None
+    if prior_side == "student":
+        offset = tau * like(log_prior, rectified)
+        rectified = rectified.detach().add_(offset)
+    return _weighted_divergence(student_logits, rectified, labels, temperature, class_weights, offset)
 
 
 def _weighted_divergence(
-    student_logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float, class_weights: Tensor | None
+    student_logits: Tensor,
+    target_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    class_weights: Tensor | None,
+    offset: Tensor | None = None,
 ) -> Tensor:
+    """Of a target that may be overwritten."""
     check_logits("student_logits", student_logits)
     check_logits("teacher_logits", target_logits, rows=len(student_logits), columns=student_logits.shape[1])
     T = check_number("temperature", temperature, above=0)
+    student = at_least_float32(student_logits)
+    offset = None if offset is None else like(offset, student)
     # The rectified logits are a temporary: removing the prior always makes a new tensor.
-    loss = softened_divergence(at_least_float32(student_logits), target_logits.detach(), T, owned=True)
+    loss = softened_divergence(student, target_logits.detach(), T, offset=offset, owned=True)
     if class_weights is None:
         return loss
     _check_class_weights(class_weights, target_logits.shape[1])
@@ -159,7 +193,8 @@ class LogitRectifiedDistillation(nn.Module):
 
     Args:
         log_prior: shape ``(K,)``, finite.
-        tau, correction, temperature, class_weights: as in :func:`lrd_loss`.
+        tau, correction, temperature, class_weights, prior_side: as in :func:`lrd_loss`.
+        warmup: share of the training over which tau rises from 0, in [0, 1]: rectification is deferred.
     """
 
     log_prior: Tensor
@@ -173,11 +208,16 @@ class LogitRectifiedDistillation(nn.Module):
         correction: Correction = "lift",
         temperature: float = 4.0,
         class_weights: Tensor | None = None,
+        prior_side: PriorSide = "teacher",
+        warmup: float = 0.0,
     ) -> None:
         super().__init__()
         self.tau = check_number("tau", tau)
         self.correction: Correction = correction
         check_choice("correction", correction, CORRECTIONS)
+        self.prior_side: PriorSide = prior_side
+        check_choice("prior_side", prior_side, PRIOR_SIDES)
+        self.warmup = check_number("warmup", warmup, at_least=0, at_most=1)
         self.temperature = check_number("temperature", temperature, above=0)
         if not isinstance(log_prior, Tensor) or log_prior.ndim != 1 or len(log_prior) < 2:
             raise ArgumentError(f"log_prior: expected shape (K,), at least 2 classes, but got {describe(log_prior)}.")
@@ -188,32 +228,40 @@ class LogitRectifiedDistillation(nn.Module):
             class_weights = _constant(_check_class_weights(class_weights, len(log_prior)))
         self.register_buffer("class_weights", class_weights)
 
-    def rectify(self, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def tau_at(self, progress: float) -> float:
+        """tau after that share of the training."""
+        return self.tau * min(1.0, progress / self.warmup) if self.warmup > 0 else self.tau
+
+    def rectify(self, teacher_logits: Tensor, labels: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
         """:func:`rectify_logits` with this module's settings: rectified logits, and where the correction acted."""
         return rectify_logits(
-            teacher_logits, labels, log_prior=self.log_prior, tau=self.tau, correction=self.correction
+            teacher_logits, labels, log_prior=self.log_prior, tau=self.tau_at(progress), correction=self.correction
         )
 
-    def corrected(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    def corrected(self, teacher_logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
         """Where the error correction acts, shape ``(B,)``, bool."""
         if self.correction == "none":
             return torch.zeros(len(labels), dtype=torch.bool, device=teacher_logits.device)
-        return errors(remove_prior(teacher_logits, self.log_prior, self.tau), labels)
+        return errors(remove_prior(teacher_logits, self.log_prior, self.tau_at(progress)), labels)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
         return lrd_loss(
             student_logits,
             teacher_logits,
             labels,
             log_prior=self.log_prior,
-            tau=self.tau,
+            tau=self.tau_at(progress),
             correction=self.correction,
             temperature=self.temperature,
             class_weights=self.class_weights,
+            prior_side=self.prior_side,
         )
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau}, correction={self.correction!r}, temperature={self.temperature}"
+        return (
+            f"tau={self.tau}, correction={self.correction!r}, temperature={self.temperature}, "
+            f"prior_side={self.prior_side!r}, warmup={self.warmup}"
+        )
 
 
 def rrd_loss(
@@ -225,14 +273,17 @@ def rrd_loss(
     rectify: Rectification = "recentre",
     class_means: Tensor | None = None,
     strength: Tensor | None = None,
+    variation: tuple[Tensor, Tensor] | None = None,
     distance: Distance = "cosine",
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     r"""Representation-rectified distillation, our formulation: the student follows the teacher's rectified feature.
 
-    .. math:: d\big(f_s, r\big), \qquad r =
+    .. math:: w_y \, d\big(f_s, r\big), \qquad r =
         \begin{cases}
         \operatorname{norm}(\operatorname{norm}(f_t) - m_y + c_y) & \text{recentre} \\
         \operatorname{norm}((1 - \lambda_y) \operatorname{norm}(f_t) + \lambda_y c_y) & \text{blend} \\
+        \operatorname{norm}(m_y + V g_y V^\top (\operatorname{norm}(f_t) - m_y)) & \text{variance-transfer} \\
         \operatorname{norm}(f_t) & \text{none}
         \end{cases}
 
@@ -240,11 +291,14 @@ def rrd_loss(
         student_features: f_s, already projected to the teacher's width, shape ``(B, D)``.
         teacher_features: f_t, shape ``(B, D)``; no gradient flows to them.
         labels: y, shape ``(B,)``.
-        anchors: c, shape ``(K, D)``, row k for class k; None is enough for ``none``.
+        anchors: c, shape ``(K, D)``, row k for class k; needed and used by ``recentre`` and ``blend``.
         rectify: see above.
-        class_means: m, shape ``(K, D)``, needed and used by ``recentre`` alone.
-        strength: lambda, shape ``(K,)``, in [0, 1], needed and used by ``blend`` alone.
+        class_means: m, shape ``(K, D)``, needed and used by ``recentre`` and ``variance-transfer``.
+        strength: lambda, shape ``(K,)``, in [0, 1], needed and used by ``blend`` and ``variance-transfer``, whose gains
+            g are those of :func:`transfer_variance`.
+        variation: V and s of :func:`within_class_variation`, needed and used by ``variance-transfer`` alone.
         distance: ``cosine`` (one minus it) or ``squared`` (of directions).
+        class_weights: w, shape ``(K,)``, finite, >= 0; by default 1. See :func:`tail_weights`.
 
     Returns:
         Shape ``(B,)``; float32, or float64 where the features are.
@@ -265,10 +319,18 @@ def rrd_loss(
         target = blend_features(
             target, labels, _needed("anchors", anchors, rectify), _needed("strength", strength, rectify)
         )
-    return DISTANCES[distance](student_features, target)
+    elif rectify == "variance-transfer":
+        means, share = _needed("class_means", class_means, rectify), _needed("strength", strength, rectify)
+        target = transfer_variance(target, labels, means, *_needed("variation", variation, rectify), share)
+    loss = DISTANCES[distance](student_features, target)
+    if class_weights is None:
+        return loss
+    _check_class_weights(class_weights, len(class_weights))
+    labels = check_labels(labels, len(loss), len(class_weights))
+    return loss * like(class_weights, loss)[labels]
 
 
-def _needed(name: str, x: Tensor | None, rectify: str) -> Tensor:
+def _needed(name: str, x: _Given | None, rectify: str) -> _Given:
     if x is None:
         raise ArgumentError(f"{name}: rectify={rectify!r} needs it, but got None.")
     return x
@@ -278,15 +340,18 @@ class RepresentationRectifiedDistillation(nn.Module):
     """:func:`rrd_loss` as a module, with the projector from the student's width; the constants are float32 buffers.
 
     Args:
-        anchors: shape ``(K, D)``, row k for class k; None is enough for ``rectify="none"``.
+        anchors: shape ``(K, D)``, row k for class k; None where ``rectify`` needs none.
         student_dim: width of the student's feature.
-        teacher_dim: D; by default the anchors' width, and needed where there are none.
-        rectify, class_means, strength, distance: as in :func:`rrd_loss`.
+        teacher_dim: D; by default the anchors' or the class means' width, and needed where there are neither.
+        rectify, class_means, strength, variation, distance, class_weights: as in :func:`rrd_loss`.
     """
 
     anchors: Tensor | None
     class_means: Tensor | None
     strength: Tensor | None
+    basis: Tensor | None
+    variances: Tensor | None
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -297,32 +362,41 @@ class RepresentationRectifiedDistillation(nn.Module):
         rectify: Rectification = "recentre",
         class_means: Tensor | None = None,
         strength: Tensor | None = None,
+        variation: tuple[Tensor, Tensor] | None = None,
         distance: Distance = "cosine",
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_choice("rectify", rectify, RECTIFICATIONS)
         check_choice("distance", distance, tuple(DISTANCES))
         self.rectify: Rectification = rectify
         self.distance: Distance = distance
-        if rectify != "none":
-            _needed("anchors", anchors, rectify)
-        if anchors is not None:
-            check_finite("anchors", check_matrix("anchors", anchors, "(K, D)", columns=teacher_dim))
-            teacher_dim = anchors.shape[1]
-        elif teacher_dim is None:
+        used = _USES[rectify]
+        K = None
+        for name, x in (("anchors", anchors), ("class_means", class_means)):
+            if name in used:
+                _needed(name, x, rectify)
+            if x is not None and (name in used or name == "anchors"):
+                check_finite(name, check_matrix(name, x, "(K, D)", rows=K, columns=teacher_dim))
+                K, teacher_dim = x.shape
+        if teacher_dim is None:
             raise ArgumentError("teacher_dim: expected the width of the teacher's feature where there are no anchors.")
-        if rectify == "recentre":
-            rows, columns = _needed("anchors", anchors, rectify).shape
-            means = _needed("class_means", class_means, rectify)
-            check_finite("class_means", check_matrix("class_means", means, "(K, D)", rows=rows, columns=columns))
-        elif rectify == "blend":
-            rows = _needed("anchors", anchors, rectify).shape[0]
+        if "strength" in used:
+            assert K is not None
             share = _needed("strength", strength, rectify)
-            check_per_class("strength", share, rows, low=0, high=1, expected="numbers in [0, 1]")
+            check_per_class("strength", share, K, low=0, high=1, expected="numbers in [0, 1]")
+        basis, variances = None, None
+        if "variation" in used:
+            basis, variances = _needed("variation", variation, rectify)
+            check_finite("basis", check_matrix("basis", basis, "(D, D)", rows=teacher_dim, columns=teacher_dim))
+            check_per_class("variances", variances, teacher_dim, low=0, expected="finite numbers >= 0")
+        if class_weights is not None:
+            _check_class_weights(class_weights, len(class_weights) if K is None else K)
         self.projector = Projector(student_dim, teacher_dim)
-        used = {"recentre": {"anchors", "class_means"}, "blend": {"anchors", "strength"}, "none": set()}[rectify]
         for name, x in (("anchors", anchors), ("class_means", class_means), ("strength", strength)):
             self.register_buffer(name, _constant(x) if x is not None and name in used else None)
+        for name, x in (("basis", basis), ("variances", variances), ("class_weights", class_weights)):
+            self.register_buffer(name, None if x is None else _constant(x))
 
     def forward(self, student_features: Tensor, teacher_features: Tensor, labels: Tensor) -> Tensor:
         return rrd_loss(
@@ -333,7 +407,9 @@ class RepresentationRectifiedDistillation(nn.Module):
             rectify=self.rectify,
             class_means=self.class_means,
             strength=self.strength,
+            variation=None if self.basis is None or self.variances is None else (self.basis, self.variances),
             distance=self.distance,
+            class_weights=self.class_weights,
         )
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ from .class_reweighting import reweight_classes
 from .error_correction import correct_errors, errors
 from .power_normalisation import power_normalise
 from .prior_removal import auto_tau, mean_prediction, remove_prior
+from .tau_calibration import per_class_tau
+from .variance_transfer import transfer_variance, within_class_variation
 
 __all__ = [
     "auto_tau",
@@ -13,9 +15,12 @@ __all__ = [
     "correct_errors",
     "errors",
     "mean_prediction",
+    "per_class_tau",
     "power_normalise",
     "rarity",
     "recentre_features",
     "remove_prior",
     "reweight_classes",
+    "transfer_variance",
+    "within_class_variation",
 ]

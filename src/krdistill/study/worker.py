@@ -68,11 +68,9 @@ def work(folder: StudyFolder, job: dict[str, Any]) -> None:
 
 
 def _make_ready(out: Path, config: RunConfig) -> None:
-    """Lets a run folder be gone on with, where a study was moved, its methods were relabelled or its process killed."""
+    """Lets a run folder be gone on with where a study was moved or its methods were relabelled."""
     known = out / runfolder.CONFIG
     if not known.is_file():
-        for half in out.glob(f".{runfolder.CONFIG}.*"):
-            half.unlink()  # its process was killed while it wrote the folder's first file
         return
     # The name of a cell and the place of its teacher and of stored answers are no part of what it is.
     old = yaml.safe_load(known.read_text(encoding="utf-8"))

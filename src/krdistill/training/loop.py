@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,7 +27,18 @@ from .task import StepOutput, Task, place
 
 
 class DivergedError(KrdistillError):
-    """The loss stopped being a finite number."""
+    """The loss or its gradient stopped being finite numbers.
+
+    Args:
+        message: which term and classes, in which step, and what to do.
+        record: what the step needs to be run again, tensors on the CPU: ``epoch`` and ``step`` (from 0), ``rows`` and
+            ``labels`` of its batch, ``terms`` (name to per-sample values), ``lr``, and ``trainer``, the state from
+            before the step's update (:meth:`Trainer.restore`).
+    """
+
+    def __init__(self, message: str, record: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.record = record or {}
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ class Trainer:
         task.precision = training_precision(config.precision, device)
         self.feed = Feed(data, device)
         self.labels = data.labels
-        self.num_classes = data.num_classes
+        self.num_classes, self.class_names = data.num_classes, data.class_names
         self.augment = build_augmentation(config.augmentation, data.image_size[0])
         self.optimizer = build_optimizer(config, task.parameters())
         self.average = (
@@ -118,6 +129,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.epoch = 0
         self.sums = self._nothing()
+        self.watch = Watch(self.optimizer, math.ceil(len(data.labels) / self.steps_per_epoch), device)
         self.model: torch.nn.Module = task
         if self.world.size > 1:
             self._spread()
@@ -176,6 +188,7 @@ class Trainer:
         loss = out.terms.total().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.watch.look(epoch * self.steps_per_epoch + step, out.terms.terms)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.task.network)
@@ -210,6 +223,9 @@ class Trainer:
         """Runs one epoch, or what is left of it, and measures it.
 
         Nothing is read back from the device before its end.
+
+        Raises:
+            DivergedError: a step's loss or gradient was not finite. No parameter was changed from that step on.
         """
         epoch, config = self.epoch, self.config
         self.task.train()
@@ -228,15 +244,10 @@ class Trainer:
             self.sums["seconds"] = before + time.perf_counter() - started
             if self.on_step is not None:
                 self.on_step(done + 1, total)
+        self.check()
         sums, count = self.sums, len(self.labels)
         loss = {name: float(value) / count for name, value in sums["terms"].items()}
         loss["total"] = sum(loss.values())
-        if not math.isfinite(loss["total"]):
-            bad = [name for name, value in loss.items() if not math.isfinite(value) and name != "total"]
-            raise DivergedError(
-                f"The loss is {loss['total']} in epoch {epoch + 1} (terms: {', '.join(bad)}). "
-                f"Try a lower learning rate than {config.lr:g}, or more warm-up than {config.warmup:g} of the run."
-            )
         self.epoch += 1
         self.sums = self._nothing()
         return EpochRecord(
@@ -269,8 +280,57 @@ class Trainer:
                 per_class.index_add_(0, labels, value.to(torch.float64))
             sums["right"] += (out.logits.argmax(1) == labels).sum()
 
+    def check(self) -> None:
+        """Looks whether every step so far gave finite numbers; this reads the device.
+
+        Raises:
+            DivergedError: one did not.
+        """
+        found = self.watch.found()
+        if found is None:
+            return
+        number, terms = found
+        epoch, step = divmod(number, self.steps_per_epoch)
+        rows = self.batches(epoch)[step]
+        labels = self.labels[rows]
+        bad = {name: ~v[: len(rows)].isfinite() for name, v in terms.items()}
+        words = [
+            f"{name} of {int(b.sum())} of {len(rows)} images, of class "
+            + _some(self.class_names[c] for c in labels[b].unique().tolist())
+            + ", rows "
+            + _some(map(str, rows[b].tolist()))
+            for name, b in bad.items()
+            if b.any()
+        ]
+        what = "The norm of the gradient is not finite, though the loss is,"
+        if words:
+            what = f"The loss is not finite (terms: {'; '.join(words)})"
+        config = self.config
+        frozen = " Nothing was updated from there on." if self.watch.freezes else ""
+        raise DivergedError(
+            f"{what} in step {step + 1} of epoch {epoch + 1}.{frozen} "
+            f"Try a lower learning rate than {config.lr:g}, or more warm-up than {config.warmup:g} of the run.",
+            {
+                "epoch": epoch,
+                "step": step,
+                "rows": rows,
+                "labels": labels,
+                "terms": {name: v[: len(rows)] for name, v in terms.items()},
+                "lr": learning_rate(config, (number + 1) / (config.epochs * self.steps_per_epoch + 1)),
+                "trainer": _to(self._state(), torch.device("cpu")),
+            },
+        )
+
     def state(self) -> dict[str, Any]:
-        """Everything that the steps to come depend on; all randomness is a function of seed, epoch and row."""
+        """Everything that the steps to come depend on; all randomness is a function of seed, epoch and row.
+
+        Raises:
+            DivergedError: a step gave a number that is not finite, so there is nothing to go on with.
+        """
+        self.check()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "sums": self.sums,
@@ -287,6 +347,61 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+class Watch:
+    """Looks at every step's terms and gradients on the device, and freezes the parameters from the first that is bad.
+
+    A step is bad where a term's value or the norm of a parameter's gradient is not finite. Nothing is read back until
+    :meth:`found` is asked: the fused optimisers take a flag on the device that leaves all parameters and their own
+    state as they are.
+
+    Args:
+        optimizer: of the training.
+        batch_size: of the largest batch.
+        device: of the training.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, batch_size: int, device: torch.device) -> None:
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.flag = torch.zeros((), device=device)
+        self.first = torch.full((), -1, device=device)
+        self.names: list[str] = []
+        self.values = torch.zeros(0, batch_size, device=device)
+        self.freezes = bool(optimizer.defaults["fused"])
+        if self.freezes:
+            optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def look(self, number: int, terms: dict[str, Tensor]) -> None:
+        """After a backward pass.
+
+        Args:
+            number: of the step, from the training's first.
+            terms: of its loss, each ``(B,)``.
+        """
+        names, rows = list(terms), self.values.shape[1]
+        values = torch.stack([terms[name].float() for name in names])
+        if names != self.names:
+            self.names, self.values = names, self.values.new_zeros(len(names), rows)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))  # the largest values would take seven times as long
+        bad = ~(values.isfinite().all() & norms.isfinite().all())
+        new = bad & (self.flag == 0)
+        self.first.copy_(torch.where(new, number, self.first))
+        padded = torch.nn.functional.pad(values, (0, rows - values.shape[1]))
+        self.values.copy_(torch.where(new, padded, self.values))
+        self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
+
+    def found(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The first bad step's number and its terms ``(B,)``, padded with zeros, on the CPU; None where all is well."""
+        number = int(self.first)
+        return None if number < 0 else (number, dict(zip(self.names, self.values.cpu(), strict=True)))
+
+
+def _some(words: Iterable[str], limit: int = 8) -> str:
+    listed = list(words)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def check_answers(answers: Answers, objective: Objective, config: TrainConfig) -> None:

@@ -1,0 +1,256 @@
+"""A student as a file in several formats and precisions, and what each costs in accuracy on real images."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..data.containers import ImageData
+from ..errors import ArgumentError
+from ..evaluation import evaluate_predictions
+from ..files import replacing, write_json
+from ..models.graphs import CARD
+from ..models.network import Network, load_network, save_network
+from ..priors import ClassGroups
+from .onnx import TOLERANCE, ExportError, deployed, device_card, example_images, export_onnx, quiet_export
+from .quantising import quantise_onnx
+from .runtime import DeviceModel
+
+FORMATS = ("onnx", "pt2", "safetensors")
+PRECISIONS = ("float32", "float16", "int8")
+_BATCH = 250
+
+Answer = Callable[[Tensor], npt.NDArray[np.floating]]
+
+
+def export_network(
+    network: Network,
+    out: Path,
+    *,
+    test: ImageData,
+    groups: ClassGroups,
+    form: str = "onnx",
+    precision: str = "float32",
+    class_counts: Sequence[int] | None = None,
+    calibration: Tensor | None = None,
+    max_drop: float = 0.5,
+    max_rare_drop: float = 1.0,
+) -> dict[str, Any]:
+    """Writes a network for use elsewhere, after it was compared with PyTorch on the test images.
+
+    Formats: ``onnx``, raw uint8 images in, probabilities out (:func:`export_onnx`); ``pt2``, the same as a
+    ``torch.export`` program; ``safetensors``, a folder of weights and ``network.json`` for
+    :func:`krdistill.load_network`. Precisions: ``float32``; ``float16``, the backbone in half precision, normalisation
+    and softmax in single (``pt2`` and ``safetensors`` store it in half and compute in single); ``int8``, ONNX alone
+    (:func:`quantise_onnx`).
+
+    Args:
+        network: the student.
+        out: the file, or for ``safetensors`` the folder, to write. The report goes beside it, ``<out>.json``.
+        test: real images that were not trained on.
+        groups: of the classes, from the head to the tail.
+        form: one of ``FORMATS``.
+        precision: one of ``PRECISIONS``.
+        class_counts: training images of each class, K numbers.
+        calibration: images for ``int8``, uint8 ``(N, H, W, C)``
+            (:func:`~krdistill.deploy.quantising.calibration_images`).
+        max_drop: points of accuracy on all test images that may be lost.
+        max_rare_drop: points that the rarest group may lose.
+
+    Returns:
+        The report: ``file``, ``format``, ``precision``, ``bytes``, ``images``, ``largest_difference`` of the
+        probabilities, ``agreement`` of the predicted class, ``before`` and ``after`` (``top1``,
+        ``balanced_accuracy``, ``groups``, ``ece``, ``nll``), ``drop`` in points of ``all`` and of the ``rarest`` group
+        (None without images) and its ``rarest_group``, ``allowed``, ``calibration_images``.
+
+    Raises:
+        ExportError: it loses more than is allowed, or a ``float32`` probability differs by more than 1e-4; nothing is
+            written then, and the error holds the report.
+        ArgumentError: an unknown format or precision, two that do not go together, or no calibration images.
+        MissingDependencyError: the ``onnx`` extra is not installed.
+    """
+    if form not in FORMATS or precision not in PRECISIONS:
+        raise ArgumentError(
+            f"Expected a format of {', '.join(FORMATS)} and a precision of {', '.join(PRECISIONS)}, got {form!r} and "
+            f"{precision!r}."
+        )
+    if precision == "int8" and form != "onnx":
+        raise ArgumentError(f"8-bit integers need ONNX Runtime: take the format onnx for int8, not {form}.")
+    if precision == "int8" and (calibration is None or not len(calibration)):
+        raise ArgumentError("Expected calibration images for int8, got none.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+        made = Path(place) / out.name
+        _write(network, made, form, precision, class_counts, calibration)
+        report = compare_answers(_answer_of_network(network), _answer_of_file(made, form), test=test, groups=groups)
+        files = sorted(made.iterdir()) if made.is_dir() else [made]
+        report = {
+            "file": out.name,
+            "format": form,
+            "precision": precision,
+            "bytes": sum(file.stat().st_size for file in files),
+            **report,
+            "allowed": {"all": max_drop, "rarest": max_rare_drop},
+            "calibration_images": len(calibration) if precision == "int8" and calibration is not None else None,
+        }
+        _check(report)
+        if made.is_dir():
+            out.mkdir(exist_ok=True)
+        for file in files:
+            os.replace(file, out / file.name if made.is_dir() else out)
+    write_json(out.with_name(f"{out.name}.json"), report)
+    return report
+
+
+def compare_answers(before: Answer, after: Answer, *, test: ImageData, groups: ClassGroups) -> dict[str, Any]:
+    """Compares two classifiers on the same images.
+
+    Args:
+        before: uint8 images ``(B, H, W, C)`` to probabilities ``(B, K)``.
+        after: the same.
+        test: the images.
+        groups: of the classes, from the head to the tail.
+
+    Returns:
+        ``images``, ``largest_difference``, ``agreement``, ``before``, ``after`` and ``drop``, as in
+        :func:`export_network`.
+
+    Raises:
+        ExportError: ``after`` answers numbers that are not finite.
+    """
+    rows = range(0, len(test), _BATCH)
+    answers = [
+        np.concatenate([ask(test.images[i : i + _BATCH]).astype(np.float64) for i in rows]) for ask in (before, after)
+    ]
+    broken = int((~np.isfinite(answers[1]).all(1)).sum())
+    if broken:
+        raise ExportError(
+            f"{broken:,} of {len(test):,} answers are not finite, and PyTorch's are: the network's numbers are too "
+            "large for this precision. Nothing was written. Keep float32."
+        )
+    scores = []
+    for p in answers:
+        logits = torch.from_numpy(np.log(np.maximum(p, np.finfo(np.float32).tiny)))
+        found = evaluate_predictions(logits, test.labels, groups, class_names=test.class_names)
+        kept = {k: found[k] for k in ("top1", "balanced_accuracy", "ece", "nll")}
+        scores.append({**kept, "groups": {name: g["accuracy"] for name, g in found["groups"].items()}})
+    old, new = scores
+    rarest = next((name for name in reversed(groups.names) if old["groups"][name] is not None), None)
+    return {
+        "images": len(test),
+        "largest_difference": float(np.abs(answers[0] - answers[1]).max()),
+        "agreement": float((answers[0].argmax(1) == answers[1].argmax(1)).mean()),
+        "before": old,
+        "after": new,
+        "drop": {
+            "all": 100 * (old["top1"] - new["top1"]),
+            "rarest": 100 * (old["groups"][rarest] - new["groups"][rarest]) if rarest is not None else None,
+            "rarest_group": rarest,
+        },
+    }
+
+
+def half_precision(network: Network) -> Network:
+    """A copy with the backbone in float16; images are still normalised in float32."""
+    made = copy.deepcopy(network).cpu().eval()
+    made.__class__ = _HalfNetwork
+    made.backbone.half()
+    return made
+
+
+class _HalfNetwork(Network):
+    def normalise(self, images: Tensor) -> Tensor:
+        return super().normalise(images).half()
+
+
+class _StoredHalf(nn.Module):
+    """A module whose backbone is stored in float16 and widened as it computes: torch is slow in half on CPUs."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.inner = deployed(network)
+        self.inner.network.backbone.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        stored = (*self.inner.named_parameters(), *self.inner.named_buffers())
+        wide = {name: value.float() for name, value in stored if value.dtype == torch.float16}
+        answer: Tensor = torch.func.functional_call(self.inner, wide, (images,))
+        return answer
+
+
+def _write(
+    network: Network, out: Path, form: str, precision: str, counts: Sequence[int] | None, calibration: Tensor | None
+) -> None:
+    if form == "safetensors":
+        save_network(half_precision(network) if precision == "float16" else network, out)
+    elif form == "pt2":
+        card = json.dumps(device_card(network, counts), ensure_ascii=False)
+        module = _StoredHalf(network).eval() if precision == "float16" else deployed(network)
+        batch = {"images": {0: torch.export.Dim("batch")}}
+        with replacing(out) as part, quiet_export():
+            program = torch.export.export(module, (example_images(network),), dynamic_shapes=batch)
+            torch.export.save(program, part, extra_files={CARD: card})
+    elif precision == "int8":
+        assert calibration is not None  # checked by the caller
+        with tempfile.TemporaryDirectory() as place:
+            quantise_onnx(export_onnx(network, Path(place) / "float32.onnx", class_counts=counts), out, calibration)
+    else:
+        export_onnx(half_precision(network) if precision == "float16" else network, out, class_counts=counts)
+
+
+def _answer_of_network(network: Network) -> Answer:
+    module = deployed(network)
+
+    def answer(images: Tensor) -> npt.NDArray[np.floating]:
+        with torch.inference_mode():
+            p: npt.NDArray[np.floating] = module(images.permute(0, 3, 1, 2).contiguous()).numpy()
+        return p
+
+    return answer
+
+
+def _answer_of_file(path: Path, form: str) -> Answer:
+    """Reads back what was written, as whoever uses it would."""
+    if form == "safetensors":
+        return _answer_of_network(load_network(path, allow_factories=True))  # made by this very process
+    if form == "onnx":
+        model = DeviceModel(path)
+        return lambda images: model(images.numpy())
+    module = torch.export.load(path).module()
+
+    def answer(images: Tensor) -> npt.NDArray[np.floating]:
+        with torch.inference_mode():
+            p: npt.NDArray[np.floating] = module(images.permute(0, 3, 1, 2).contiguous()).numpy()
+        return p
+
+    return answer
+
+
+def _check(report: dict[str, Any]) -> None:
+    name, precision, drop, allowed = report["file"], report["precision"], report["drop"], report["allowed"]
+    if precision == "float32" and not report["largest_difference"] <= TOLERANCE:
+        raise ExportError(
+            f"{name} differs from PyTorch by {report['largest_difference']:.2e} in probability (allowed "
+            f"{TOLERANCE:g}). Nothing was written; please report the network it came from.",
+            report,
+        )
+    for key, where in (("all", "all test images"), ("rarest", f"the rarest group, {drop['rarest_group']}")):
+        # A hair above the limit is rounding, not accuracy.
+        if drop[key] is not None and not drop[key] <= allowed[key] + 1e-9:
+            option = "--max-drop" if key == "all" else "--max-rare-drop"
+            raise ExportError(
+                f"{name} in {precision} loses {drop[key]:.2f} points of accuracy on {where} (allowed "
+                f"{allowed[key]:g}). Nothing was written. Keep a higher precision, or allow it with {option} "
+                f"{drop[key] + 0.005:.2f}.",
+                report,
+            )

@@ -1,0 +1,191 @@
+"""Predictions for any number of image files, in order and in constant memory. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..data.decoding import decode
+from .inputs import Entry
+from .runtime import DeviceModel, with_prior
+
+_Decoded = tuple[npt.NDArray[np.uint8], dict[int, str]]
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was seen in one image.
+
+    Attributes:
+        path: as it was given.
+        classes: names of the likeliest classes, the best first; empty where there is an ``error``.
+        probabilities: theirs.
+        error: why the image could not be looked at, or None.
+    """
+
+    path: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a stream of predictions ended: images in all, how many failed, and the first of those in words."""
+
+    images: int
+    failed: int
+    first: tuple[str, ...]
+
+
+def predict(
+    model: DeviceModel,
+    images: Iterable[Entry],
+    *,
+    top: int = 1,
+    weights: npt.NDArray[np.float64] | None = None,
+    batch: int = 64,
+) -> Iterator[Prediction]:
+    """Looks at images one batch at a time, while the next batches are decoded.
+
+    Images are decoded as for training (:func:`krdistill.data.decoding.decode`): upright, without alpha, grey or RGB as
+    the model wants them, scaled and cropped to its size. One that cannot be read is a prediction with an error.
+
+    Args:
+        model: the student.
+        images: what to look at, in order.
+        top: how many classes to give, at most K.
+        weights: a class prior (:func:`~krdistill.deploy.runtime.class_weights`); None stands for a uniform one.
+        batch: images at a time.
+
+    Yields:
+        One prediction per image, in the order of ``images``.
+
+    Raises:
+        ModelError: the model cannot be run.
+    """
+    for group, (pixels, failures) in _ahead(model, images, batch):
+        kept = [i for i in range(len(group)) if i not in failures]
+        p = with_prior(model(pixels), weights) if kept else np.empty((0, len(model.class_names)))
+        best = np.argsort(-p, axis=1, kind="stable")[:, :top]
+        row = {i: r for r, i in enumerate(kept)}
+        for i, entry in enumerate(group):
+            if i in failures:
+                yield Prediction(entry.shown, error=failures[i])
+            elif not np.isfinite(p[row[i]]).all():
+                yield Prediction(entry.shown, error="the model answers numbers that are not finite")
+            else:
+                order = best[row[i]]
+                names = tuple(model.class_names[k] for k in order)
+                yield Prediction(entry.shown, names, tuple(p[row[i], order].tolist()))
+
+
+def write_predictions(
+    predictions: Iterable[Prediction], stream: TextIO, *, form: str, top: int, abstain_below: float = 0.0
+) -> Summary:
+    """Writes predictions as they come.
+
+    Args:
+        predictions: from :func:`predict`.
+        stream: text, opened with ``newline=""``.
+        form: ``csv``: columns ``path``, ``class``, ``probability``, then ``class_2``, ``probability_2`` and so on, and
+            ``error``; a cell of text that a spreadsheet would take for a formula is prefixed by an apostrophe.
+            ``jsonl``: an object per line with ``path``, ``class``, ``probability``, ``top`` and, if any, ``error``.
+        top: how many classes a row has.
+        abstain_below: the class is left empty (null in JSON) where its probability is below this.
+
+    Returns:
+        How many there were.
+    """
+    rows = csv.writer(stream, lineterminator="\n")
+    if form == "csv":
+        more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
+        rows.writerow(["path", "class", "probability", *more, "error"])
+    count, failed = 0, 0
+    first: list[str] = []
+    for p in predictions:
+        count += 1
+        if p.error is not None:
+            failed += 1
+            if len(first) < _SHOWN:
+                first.append(f"{p.path!r} ({p.error})")
+        sure = bool(p.classes) and p.probabilities[0] >= abstain_below
+        if form == "jsonl":
+            stream.write(json.dumps(_object(p, sure), ensure_ascii=False) + "\n")
+            continue
+        cells: list[str] = []
+        for i in range(top):
+            there = i < len(p.classes)
+            cells += [
+                _safe(p.classes[i]) if there and (i or sure) else "",
+                f"{p.probabilities[i]:.6f}" if there else "",
+            ]
+        rows.writerow([_safe(p.path), *cells, _safe(p.error or "")])
+    return Summary(count, failed, tuple(first))
+
+
+@contextlib.contextmanager
+def refusing_bombs() -> Iterator[None]:
+    """As for training, an image of more than ``PIL.Image.MAX_IMAGE_PIXELS`` is unreadable inside this block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _ahead(model: DeviceModel, images: Iterable[Entry], batch: int) -> Iterator[tuple[Sequence[Entry], _Decoded]]:
+    """Batches of images with their pixels, decoded a few batches ahead of where they are needed."""
+    workers = min(8, os.cpu_count() or 1)
+    source = iter(images)
+    waiting: deque[tuple[list[Entry], Future[_Decoded]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while group := list(islice(source, batch)):
+                waiting.append((group, pool.submit(_decode, model, group)))
+                if len(waiting) > workers:
+                    done, pixels = waiting.popleft()
+                    yield done, pixels.result()
+            while waiting:
+                done, pixels = waiting.popleft()
+                yield done, pixels.result()
+        finally:
+            for _, pixels in waiting:
+                pixels.cancel()
+
+
+def _decode(model: DeviceModel, group: Sequence[Entry]) -> _Decoded:
+    """Pixels of the entries that can be read, and the reasons of the others by position."""
+    failures = {i: entry.error for i, entry in enumerate(group) if entry.error is not None}
+    there = [i for i in range(len(group)) if i not in failures]
+    pixels, failed = decode([group[i].path for i in there], size=model.image_size, channels=model.channels, resize=True)
+    failures.update({there[i]: reason for i, reason in failed.items()})
+    return pixels[[i not in failed for i in range(len(there))]], failures
+
+
+def _object(p: Prediction, sure: bool) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "path": p.path,
+        "class": p.classes[0] if sure else None,
+        "probability": round(p.probabilities[0], 6) if p.classes else None,
+        "top": [{"class": n, "probability": round(v, 6)} for n, v in zip(p.classes, p.probabilities, strict=True)],
+    }
+    return made if p.error is None else {**made, "error": p.error}
+
+
+def _safe(text: str) -> str:
+    """A spreadsheet runs a cell that begins like a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

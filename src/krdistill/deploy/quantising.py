@@ -1,0 +1,118 @@
+"""8-bit integers: an ONNX file quantised after training, calibrated on images of every class."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.containers import ImageData
+from ..errors import ArgumentError, MissingDependencyError
+from ..rng import generator
+
+CALIBRATION_IMAGES = 512
+_BATCH = 32
+# What 8-bit kernels exist for. The normalisation before the first convolution and the softmax stay in float32.
+_OPERATORS = (
+    "Add", "AveragePool", "Clip", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool", "MatMul", "MaxPool", "Relu",
+    "Reshape", "Squeeze", "Transpose", "Unsqueeze",
+)  # fmt: skip
+
+
+def calibration_images(
+    data: ImageData, *, kind: str = "balanced", count: int = CALIBRATION_IMAGES, seed: int = 0
+) -> Tensor:
+    """Training images from which activation ranges are measured.
+
+    Args:
+        data: the training images.
+        kind: ``balanced`` takes equally many of every class, as far as it has them, so that the ranges of the rare
+            classes' activations are seen too; ``natural`` draws from all images alike.
+        count: how many, at most.
+        seed: of the draw.
+
+    Returns:
+        uint8, shape ``(min(count, N), H, W, C)``.
+
+    Raises:
+        ArgumentError: another ``kind``.
+    """
+    if kind not in ("balanced", "natural"):
+        raise ArgumentError(f"Expected a calibration set that is 'balanced' or 'natural', got {kind!r}.")
+    order = torch.randperm(len(data), generator=generator(seed, "calibration"))
+    if kind == "balanced":
+        labels = data.labels[order]
+        by_class = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=data.num_classes)
+        first = counts.cumsum(0) - counts
+        turn = torch.empty_like(by_class)  # the how manieth of its class an image is
+        turn[by_class] = torch.arange(len(data)) - first[labels[by_class]]
+        order = order[turn.argsort(stable=True)]
+    return data.subset(order[:count].sort().values).images
+
+
+def quantise_onnx(source: Path, target: Path, images: Tensor) -> Path:
+    """Writes an ONNX file that computes with 8-bit integers: static quantisation by ONNX Runtime, QDQ format.
+
+    Weights are int8, symmetric, one scale per output channel, in 7 bits, so that sums of products do not saturate on
+    processors without VNNI; activations are uint8, over the range that they have on the calibration images.
+
+    Args:
+        source: a file that :func:`~krdistill.deploy.export_onnx` wrote.
+        target: the file to write; its metadata are those of ``source``.
+        images: calibration images, uint8 ``(N, H, W, C)``.
+
+    Raises:
+        MissingDependencyError: the ``onnx`` extra is not installed.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference", 2018, arXiv 1712.05877.
+    """
+    try:
+        import onnx
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Quantisation needs the package {error.name}: pip install 'krdistill[onnx]'."
+        ) from None
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._parts = iter(images.split(_BATCH))
+
+        def get_next(self) -> dict[str, Any] | None:
+            part = next(self._parts, None)
+            return None if part is None else {"images": np.ascontiguousarray(part.permute(0, 3, 1, 2).numpy())}
+
+    with tempfile.TemporaryDirectory() as place, _quiet():
+        prepared = Path(place) / "prepared.onnx"
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared), str(target), Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(_OPERATORS),
+            per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            extra_options={"WeightSymmetric": True},
+        )  # fmt: skip
+    model = onnx.load(str(target))
+    del model.metadata_props[:]
+    model.metadata_props.extend(onnx.load(str(source)).metadata_props)
+    onnx.save(model, str(target))
+    return target
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser logs to the root logger."""
+    before = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(before)
