@@ -4,8 +4,8 @@
 
 ``loss``       forward and backward of KRDistill's objective on random outputs of 128 images, over K and D
 ``bank``       a bank's size, the rate of reading its batches in random order, and of its checksum, over N
-``processes``  one epoch of a small run (digits, resnet20 to resnet20) on 1 and 2 processes of one thread each, at the
-               same global batch
+``processes``  one epoch of a small run (digits scaled to 32 x 32, resnet20 to resnet20) on 1 and 2 processes of one
+               thread each, at the same global batch
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def bank_cost(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 _RUN = ["-m", "krdistill", "run", "digits-lt", "--data.profile", "none", "--data.imbalance_factor", "1",
-        "--teacher.model", "resnet20", "--student.model", "resnet20", "--train.epochs", "2", "--train.batch_size",
+        "--data.image_size", "32", "--teacher.model", "resnet20", "--student.model", "resnet20",
+        "--train.epochs", "2", "--train.batch_size",
         "128", "--baselines", "[]", "--bank.views", "0", "--export.onnx", "false", "--device", "cpu"]  # fmt: skip
 
 
