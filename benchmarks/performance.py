@@ -1,0 +1,162 @@
+"""Writes the figures of docs/performance.md from the committed JSON files, or checks that they are current.
+
+python benchmarks/performance.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _where(result: dict[str, Any], name: str) -> str:
+    p = result["provenance"]
+    threads = f"{p['threads']} thread{'s' if p['threads'] > 1 else ''}"
+    place = p.get("processor") or f"{p['machine']}, {p['cpus']} cores"
+    commit = f", commit `{p['git']}`" if p.get("git") else ""
+    link = f"[{name.split('/')[-1]}.json](../benchmarks/results/{name}.json)"
+    return f"{place}, {threads}, torch {p['torch']}{commit}: {link}."
+
+
+def step(result: dict[str, Any]) -> str:
+    rows = []
+    for label in result["pairs"][0]["ratios"]:
+        row = [label]
+        for pair in result["pairs"]:
+            value, bar = pair["ratios"][label], pair["bars"].get(label)
+            row += [f"{value['median']:.3f}", f"{bar:g}" if bar else "-"]
+        rows.append(row)
+    head = ["ratio"]
+    for pair in result["pairs"]:
+        head += [f"{pair['teacher']} to {pair['student']}", "bar"]
+    seconds = "; ".join(
+        f"{p['teacher']} to {p['student']}: " + ", ".join(f"{n} {v:.3f}" for n, v in p["seconds_per_step"].items())
+        for p in result["pairs"]
+    )
+    batch = result["provenance"]["batch"]
+    compiling = " and ".join(f"{p['seconds_to_compile']:.0f} s" for p in result["pairs"])
+    words = f"Seconds per step of {batch} images. {seconds}. Compiling the student took {compiling}."
+    return f"{_table(head, rows)}\n\n{words} {_where(result, 'step')}"
+
+
+def views(result: dict[str, Any]) -> str:
+    place = result["places"][0]
+    shown = {"all": "last.top1", "few": "last.groups.shot.few", "NLL": "last.nll"}
+    rows = []
+    for row in place["rows"]:
+        cells = [row["method"]]
+        for name, key in shown.items():
+            value, scale = row["metrics"][key], 1 if name == "NLL" else 100
+            digits = 3 if name == "NLL" else 2
+            cells.append(f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}")
+            apart = value["difference"]
+            cells.append(
+                f"{scale * apart['mean']:+.{digits}f} ± {scale * apart['half_width']:.{digits}f}" if apart else "-"
+            )
+        rows.append([*cells, str(row["metrics"]["last.top1"]["n"])])
+    head = ["answers", "all", "less fresh", "few", "less fresh", "NLL", "less fresh", "seeds"]
+    cell = next(c["result"] for c in result["cells"] if c["result"])
+    split = cell["split"]
+    about = (
+        f"CIFAR-100-LT at 16 x 16, {split['train_images']:,} training images ({split['largest_class']} to "
+        f"{split['smallest_class']} a class), {split['test_images']:,} test images; accuracy in percent and mean "
+        f"negative log-likelihood, last of {cell['networks']['student']['last']['epoch']} epochs; "
+        "mean and standard deviation, paired difference and 95 % interval."
+    )
+    provenance = {"provenance": cell["provenance"]}
+    return f"{_table(head, rows)}\n\n{about} {_where(provenance, 'studies/views')}"
+
+
+def losses(result: dict[str, Any]) -> str:
+    timed, held = result["time"]["recipes"], result["memory"]["whole_objectives"]
+    rows = [
+        [name, f"{t['ms']:.2f}", f"{100 * t['share_of_step']:.2f} %", f"{held[name]['step_copies']:.2f}"]
+        for name, t in timed.items()
+        if name in held
+    ]
+    head = ["recipe", "ms", "of a step", "copies of the logits"]
+    return f"{_table(head, rows)}\n\n{_where(result, 'losses')}"
+
+
+def augment(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['images_per_second']:,.0f}", f"{row['times_pillow_crop_flip']:.1f}"]
+        for name, row in result["results"].items()
+    ]
+    return f"{_table(['augmentation', 'images/s', 'times the loop'], rows)}\n\n{_where(result, 'augment')}"
+
+
+def startup(result: dict[str, Any]) -> str:
+    rows = [[f"`{name}`", f"{value:.2f} s"] for name, value in result["seconds"].items()]
+    rows.append(["peak memory of a run of `cifar100-lt` (bar 1,536 MiB)", f"{result['peak_mib']:,.0f} MiB"])
+    return f"{_table(['', 'median'], rows)}\n\n{_where(result, 'startup')}"
+
+
+def scaling(result: dict[str, Any]) -> str:
+    loss = [[f"{r['classes']:,}", f"{r['width']:,}", f"{r['milliseconds']:.2f}"] for r in result["loss"]]
+    bank = [
+        [f"{r['images']:,}", f"{r['mib']:.1f}", f"{r['images_per_second_written']:,.0f}",
+         f"{r['images_per_second_read']:,.0f}", f"{r['seconds_to_check']:.3f}"]
+        for r in result["bank"]
+    ]  # fmt: skip
+    spread = [[str(r["processes"]), f"{r['seconds']:.2f}"] for r in result["processes"]]
+    parts = [
+        _table(["classes", "width", "loss and gradient, ms"], loss),
+        _table(["images", "MiB", "written/s", "read/s", "check, s"], bank),
+        _table(["processes of one thread", "seconds per epoch"], spread),
+        _where(result, "scaling"),
+    ]
+    return "\n\n".join(parts)
+
+
+def decode(result: dict[str, Any]) -> str:
+    rows = [[name, f"{row['images_per_second']:,.0f}"] for name, row in result["results"].items()]
+    return f"{_table(['', 'images/s'], rows)}\n\n{_where(result, 'decode')}"
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": step, "views": views, "losses": losses, "augment": augment, "decode": decode, "startup": startup,
+    "scaling": scaling,
+}  # fmt: skip
+
+
+def updated(page: str) -> str:
+    """The page with every section's figures put between its marks."""
+    for name, write in SECTIONS.items():
+        place = f"studies/{name}" if name == "views" else name
+        text = write(json.loads((RESULTS / f"{place}.json").read_text(encoding="utf-8")))
+        marks = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
+        if not marks.search(page):
+            raise SystemExit(f"docs/performance.md has no place for {name}")
+        page = marks.sub(lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is not current")
+    check = parser.parse_args().check
+    old = PAGE.read_text(encoding="utf-8")
+    new = updated(old)
+    if check and new != old:
+        sys.exit("docs/performance.md does not show the committed results; run python benchmarks/performance.py")
+    if not check:
+        PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
