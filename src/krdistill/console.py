@@ -65,6 +65,16 @@ def print_list(console: Console, title: str, entries: Iterable[tuple[str, str, s
     console.print(made, highlight=False)
 
 
+def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Names in bold, what there is to say beside them."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for name, text in facts:
+        grid.add_row(name, escape(text))
+    console.print(grid)
+
+
 def print_plan(console: Console, plan: Plan, out: Path) -> None:
     """What a run will do: data, networks, recipes, where the files go."""
     config, prior, groups = plan.config, plan.prior, plan.groups
@@ -91,12 +101,7 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
     if plan.baselines:
         lines.append(("beside it", ", ".join(c.key for c, _, _ in plan.baselines)))
     lines += [("device", f"{plan.device}, seed {config.seed}"), ("files", str(out))]
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column()
-    for name, text in lines:
-        grid.add_row(name, escape(text))
-    console.print(grid)
+    print_facts(console, lines)
 
 
 def _teacher_words(plan: Plan) -> str:

@@ -80,8 +80,7 @@ def _executor(config: StudyConfig, name: str, address: str | None) -> Executor:
 
 
 def _print_plan(console: Console, plan: StudyPlan, out: Path) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from ..console import print_facts
 
     study = plan.study
     teachers = sum(i.kind == "teacher" for i in plan.items.values())
@@ -95,12 +94,7 @@ def _print_plan(console: Console, plan: StudyPlan, out: Path) -> None:
         ("at once", f"{study.jobs}, threads {study.threads_each} each"),
         ("files", str(out)),
     ]
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column()
-    for name, text in lines:
-        grid.add_row(name, escape(text))
-    console.print(grid)
+    print_facts(console, lines)
 
 
 def _title(place: tuple[str, str, str], name: str) -> str:

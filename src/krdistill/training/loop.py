@@ -70,7 +70,7 @@ class EpochRecord:
 
 
 class Trainer:
-    """Trains a task on images that are held in memory, epoch by epoch.
+    """Trains a task epoch by epoch.
 
     Args:
         task: what is trained.
