@@ -342,7 +342,8 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
     judged = data.val if data.val is not None else data.test
 
     def seconds(task: Task, train: TrainConfig, answers: Answers | None = None) -> float:
-        trainer = Trainer(task, data.train, train, seed=0, device=plan.device, answers=answers)
+        plain = train.model_copy(update={"compile": "none"})  # it would take longer than what is measured
+        trainer = Trainer(task, data.train, plain, seed=0, device=plan.device, answers=answers)
         trainer.task.train()
         batches = trainer.batches(0)[: steps + 1]
         for i, batch in enumerate(trainer.feed.run((batches[0], *(batches[1:] or batches)))):

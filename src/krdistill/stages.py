@@ -139,6 +139,8 @@ def fit(
     trainer = Trainer(
         task, data.train, train, seed=seed, device=device, answers=answers, world=together, on_step=on_step
     )
+    if trainer.compile_error is not None:
+        events.note(f"{stage}: trained without torch.compile, which failed: {trainer.compile_error}")
     if store is not None:
         state = broadcast(store.load_checkpoint(stage, events.note) if together.first else None, together)
         if state is not None:
@@ -166,7 +168,8 @@ def fit(
     if trainer.average is not None:
         task.network.load_state_dict(trainer.network.state_dict())
     task.network.eval()
-    return {"epochs": train.epochs, "best": best, "seconds": round(seconds, 2)}
+    compiled = {} if trainer.compiled == "none" else {"compiled": trainer.compiled}
+    return {"epochs": train.epochs, "best": best, "seconds": round(seconds, 2), **compiled}
 
 
 def _explained(trainer: Trainer, stage: str, store: TrainingStore | None) -> Iterator[EpochRecord]:

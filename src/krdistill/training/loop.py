@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from ..errors import ConfigError, KrdistillError, ModelError
 from ..models.network import Network
 from ..objective import Objective
 from ..sampling import Sampling, epoch_order
+from .compiling import compile_mode
 from .optim import build_optimizer, learning_rate
 from .task import StepOutput, Task, place
 
@@ -119,18 +121,17 @@ class Trainer:
             if config.ema > 0
             else None
         )
-        if config.compile != "none" and self.world.size > 1:
-            raise ConfigError("train.compile: compiled networks are trained by one process; set it to none.")
-        if config.compile != "none":  # after the average was made: a copy of a compiled module is not compiled
-            for network in (task.network, task.teacher if self.answers is None else None):
-                if network is not None:
-                    network.compile(mode=config.compile)
         self.sampler: Sampling = task.objective.sampler if config.sampler == "recipe" else config.sampler
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.epoch = 0
         self.sums = self._nothing()
         self.watch = Watch(self.optimizer, math.ceil(len(data.labels) / self.steps_per_epoch), device)
         self.model: torch.nn.Module = task
+        steps = config.epochs * self.steps_per_epoch
+        self.compiled = compile_mode(config, task.network, steps=steps, device=device, world=self.world)
+        self.compile_error: str | None = None
+        if self.compiled != "none":
+            self._compile()
         if self.world.size > 1:
             self._spread()
 
@@ -169,7 +170,7 @@ class Trainer:
                 whole batch where images are mixed.
         """
         sizes = share_sizes(total, self.world) if self.world.size > 1 and total is not None else None
-        if self.config.compile == "reduce-overhead":
+        if self.compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         progress = (epoch * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
         replay = self.answers.replay(epoch) if self.answers is not None else None
@@ -195,6 +196,38 @@ class Trainer:
         step_output: StepOutput = out
         return step_output
 
+    def _compile(self) -> None:
+        """Has the networks compiled, on a batch of every size there is; nothing of the training's state is moved.
+
+        Where nobody asked for it by name, a network that cannot be compiled is trained as it is.
+        """
+        state = copy.deepcopy(self.task.state_dict())
+        self.task.compile_networks(self.compiled, teacher=self.answers is None)
+        try:
+            self.task.train()
+            for size in sorted({len(batch) for batch in self.batches(0)}, reverse=True):
+                self._try(size)
+        except Exception as error:  # whatever a compiler may meet
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if self.config.compile != "auto":
+                raise ConfigError(
+                    f"train.compile: torch.compile could not translate the networks ({first}). Set it to none."
+                ) from error
+            self.task.compile_networks(None, teacher=False)
+            self.compiled, self.compile_error = "none", first
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.task.load_state_dict(state)
+
+    def _try(self, size: int) -> None:
+        """A step on that many images that changes no parameter."""
+        index, images, labels = next(self.feed.run([torch.arange(size)]))
+        images = self.augment(images.permute(0, 3, 1, 2), index, seed=self.seed, epoch=0)
+        if self.config.mixup > 0:
+            images = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=0, step=0)[0]
+        answer = self.answers.read(0, index, self.device) if self.answers is not None else None
+        self.model(images, labels, index=index, answer=answer).terms.total().mean().backward()
+
     def _spread(self) -> None:
         """Makes this the training of one process among many."""
         smallest = len(self.labels) // self.steps_per_epoch
@@ -214,6 +247,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Leaves the network as that of one process, to be saved or exported."""
+        self.task.compile_networks(None, teacher=False)
         synchronise_batch_norm(self.task, World.alone())
         if self.average is not None:
             synchronise_batch_norm(self.average, World.alone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,26 @@ class Task(nn.Module):
         self.network = network
         self.objective = objective
         self._teacher = [teacher] if teacher is not None and objective.needs_teacher else []
+        self._calls: list[nn.Module | None] = [None, None]  # compiled student and teacher: no submodules either
         self.precision = torch.float32  # of both networks' arithmetic where it can be lower; losses are float32
         self.world = World.alone()
 
     @property
     def teacher(self) -> Teacher | Experts | None:
         return self._teacher[0] if self._teacher else None
+
+    def compile_networks(self, mode: str | None, *, teacher: bool) -> None:
+        """Has torch.compile translate the networks where this task calls them; they themselves stay as they are.
+
+        Every size of a batch is translated for itself: which translation a batch meets then depends on nothing that was
+        seen before, and a training that goes on gives the numbers of one that was never stopped.
+
+        Args:
+            mode: of torch.compile; None takes it back.
+            teacher: whether the teacher is asked in training, and so is worth it.
+        """
+        asked = (self.network, self.teacher if teacher else None) if mode is not None else (None, None)
+        self._calls = [n if n is None else cast(nn.Module, torch.compile(n, mode=mode, dynamic=False)) for n in asked]
 
     def forward(
         self,
@@ -79,9 +94,10 @@ class Task(nn.Module):
         """
         maps, low = self.objective.needs_maps, self.precision != torch.float32
         with torch.autocast(images.device.type, dtype=self.precision, enabled=low):
+            network, teacher = self._calls
             if answer is None and self.teacher is not None:
-                answer = self.teacher(images, maps=maps)
-            student = self.network(images, maps=maps)
+                answer = (self.teacher if teacher is None else teacher)(images, maps=maps)
+            student = (self.network if network is None else network)(images, maps=maps)
         own = Step(_float32(student), labels, None if answer is None else _float32(answer), index, progress)
         if self.world.size == 1:
             whole, terms = own, self.objective(own)
