@@ -50,7 +50,10 @@ class Entry:
 
 _BALANCED = "losses/balanced_softmax.py:balanced_softmax"
 _WEIGHTS = "losses/tail_weighting.py:tail_weights"
-_LRD = ("losses/krdistill.py:rectify_logits", "losses/krdistill.py:lrd_loss")
+_LRD = (
+    "losses/krdistill.py:rectify_logits",
+    "losses/krdistill.py:lrd_loss",
+)
 _RRD = (
     "losses/krdistill.py:rrd_loss",
     "rectify/anchor_rectification.py:rarity",
@@ -170,6 +173,9 @@ RECTIFIERS = {
     "remove_prior": Entry(PAPER, ("rectify/prior_removal.py:remove_prior",)),
     "auto_tau": Entry(SECONDARY, ("rectify/prior_removal.py:auto_tau",)),
     "per_class_tau": Entry(OURS, ("rectify/tau_calibration.py:per_class_tau",)),
+    "refit_classifier": Entry(
+        OURS, ("rectify/classifier_refit.py:refit_classifier",), "The idea of cRT, fitted as a convex problem."
+    ),
     "mean_prediction": Entry(SECONDARY, ("rectify/prior_removal.py:mean_prediction",)),
     "correct_errors": Entry(
         OURS, ("rectify/error_correction.py:correct_errors",), "`swap` is from the paper named, `lift` is ours."

@@ -22,6 +22,7 @@ from krdistill.rectify import (
     mean_prediction,
     per_class_tau,
     rarity,
+    refit_classifier,
     remove_prior,
 )
 from krdistill.rng import derive_seed
@@ -108,7 +109,7 @@ def test_krdistill_is_classification_plus_lrd_plus_rrd() -> None:
         ("classification_weight", (1.0, 0.5)),
         ("logit_weight", (1.0, 2.0)),
         ("temperature", (4.0, 2.0)),
-        ("prior", ("none", "label", "teacher")),
+        ("prior", ("none", "label", "teacher", "refit")),
         ("tau", (1.0, 1.5, "auto", "per-class")),
         ("correction", ("none", "lift", "swap")),
         ("prior_side", ("teacher", "student")),
@@ -253,6 +254,33 @@ def test_the_classifier_is_its_formula_and_its_head_is_not_trained() -> None:
     assert {n for n, _ in module.named_parameters()} == {"projector.linear.weight", "projector.linear.bias"}
 
 
+def test_a_refitted_classifier_answers_for_the_teacher() -> None:
+    student, teacher, labels = _batch()
+    options = {"prior": "refit", "classifier_weight": 0.5, "correction": "swap"}
+    objective = _build("krdistill", **options)
+    assert objective.needs_features and not objective.summary
+    profile = _profile()
+    weight, bias = refit_classifier(profile.features, profile.labels, K)
+    anew = teacher._replace(logits=teacher.feature @ weight.T + bias)
+    out = objective(Step(student, labels, teacher)).terms
+    want = _build("krdistill", prior="none", correction="swap")(Step(student, labels, anew)).terms
+    assert all(torch.allclose(out[k], v, atol=1e-4) for k, v in want.items())
+    module = objective.terms[-1].module
+    said = module.projector(student.feature) @ weight.T + bias
+    target = correct_errors(anew.logits, labels, "swap")
+    assert torch.allclose(out["classifier"], 0.5 * kd_divergence(said, target, temperature=4.0), atol=1e-4)
+    assert not any("classifier" in n for n, p in objective.named_parameters() if p.requires_grad)
+
+
+def test_refitting_needs_features() -> None:
+    entry = recipe("krdistill-lrd")
+    options = entry.resolve({"prior": "refit"})
+    assert "features" in entry.needs_with(options) and "features" not in entry.needs_with(entry.resolve({}))
+    profile = replace(_profile(), features=torch.zeros(K, 0), class_means=torch.zeros(K, 0))
+    with pytest.raises(ModelError, match=r"prior 'refit' .* take prior 'label'"):
+        entry.build(options, replace(_context(), teacher=profile))
+
+
 def test_the_classifier_needs_a_linear_head() -> None:
     entry = recipe("krdistill")
     options = entry.resolve({"classifier_weight": 1.0})
@@ -309,6 +337,7 @@ def test_deferred_rectification_follows_the_progress() -> None:
     [
         ({"prior": "none", "prior_side": "student"}, "prior_side would have no effect, as prior is 'none'"),
         ({"prior": "none", "lrd_warmup": 0.5}, "lrd_warmup would have no effect, as prior is 'none'"),
+        ({"prior": "refit", "tau": 0.5}, "tau would have no effect, as prior is 'refit'"),
         ({"tau": "per-class", "prior": "teacher"}, "take prior 'label'"),
         ({"tau": "per-image"}, "tau"),
         ({"contrast_temperature": 0.2}, "contrast_temperature would have no effect, as contrast_weight is 0"),

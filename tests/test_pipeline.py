@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from krdistill import stages
 from krdistill.config import load_config
 from krdistill.distiller import Distiller
 from krdistill.errors import ArgumentError, ConfigError, DataError, KrdistillError, ModelError, RunFolderError
@@ -266,3 +267,12 @@ def test_distiller_takes_modules_and_recipes_without_a_teacher() -> None:
         assert distiller.evaluate()["images"] == len(data.test.labels)
     with pytest.raises(ArgumentError, match="needs a teacher"):
         Distiller(None, "resnet8", "kd")
+
+
+def test_of_too_many_rows_the_largest_classes_lose_first() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 2)[torch.randperm(59, generator=torch.Generator().manual_seed(0))]
+    kept = stages._some_of_each(labels, 20)
+    assert torch.bincount(labels[kept]).tolist() == [11, 7, 2] and kept.unique().numel() == 20
+    assert torch.equal(kept, kept.sort().values) and kept[-1] > 40  # from everywhere
+    assert torch.bincount(labels[stages._some_of_each(labels, 2)]).tolist() == [1, 1, 1]
+    assert torch.equal(stages._some_of_each(labels, 59), torch.arange(59))

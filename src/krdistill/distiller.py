@@ -189,7 +189,7 @@ class Distiller:
     def _check(self, student: Network, who: str, teacher: Network | None) -> None:
         network = student if teacher is None else teacher
         probe(network, what=f"The {who} {(network.architecture or {}).get('name', type(network.backbone).__name__)}")
-        check_needs(self.recipe.name, self.recipe.needs, self.options, student=student, teacher=teacher)
+        check_needs(self.recipe.name, self.recipe.needs_with(self.options), student=student, teacher=teacher)
         for note in network.notes:
             self.events.note(note)
 

@@ -38,7 +38,8 @@ class TeacherProfile:
             images), ``(M, K)``.
         view_labels: their labels, ``(M,)``.
         views: what those images were, in words.
-        features: its features of (at most so many, evenly chosen) training images, ``(N', D)``.
+        features: its features of training images, ``(N', D)``: of all, or where they are too many, of as many of every
+            class as can be kept.
         labels: their labels, ``(N',)``.
     """
 
@@ -197,18 +198,25 @@ class Objective(nn.Module):
 
     Args:
         terms: at least one; those of weight 0 are left out.
+        rectifier: changes the teacher's outputs before the terms see them; None leaves them as they are.
         sampler: how the training images are drawn (:mod:`krdistill.sampling`) unless the configuration says otherwise.
         summary: facts found while building, such as an automatic tau, for the record.
     """
 
     def __init__(
-        self, terms: Sequence[Term], *, sampler: Sampling = "instance", summary: Mapping[str, Any] | None = None
+        self,
+        terms: Sequence[Term],
+        *,
+        rectifier: nn.Module | None = None,
+        sampler: Sampling = "instance",
+        summary: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         used = [term for term in terms if term.weight > 0]
         if not used or len({term.name for term in used}) != len(used):
             raise ModelError(f"Expected terms with different names and some weight, got {[t.name for t in terms]}.")
         self.terms = nn.ModuleList(used)
+        self.rectifier = rectifier
         self.sampler = sampler
         self.summary = dict(summary or {})
 
@@ -222,7 +230,8 @@ class Objective(nn.Module):
 
     @property
     def needs_features(self) -> bool:
-        return any(term.call in (on_features, on_feature_pairs, on_indexed_features) for term in self._terms())
+        asked = any(term.call in (on_features, on_feature_pairs, on_indexed_features) for term in self._terms())
+        return asked or (self.rectifier is not None and self.needs_teacher)
 
     def forward(
         self, step: Step, *, own: Step | None = None, gather: Callable[[Tensor], Tensor] | None = None
@@ -234,6 +243,7 @@ class Objective(nn.Module):
             own: one process's share of it, with the maps that were not gathered; terms on maps are computed on it.
             gather: per-sample values of a share ``(b,)`` to those of the batch ``(B,)``; needed with ``own``.
         """
+        step, own = self._rectified(step), None if own is None else self._rectified(own)
         terms = {}
         for term in self._terms():
             if own is not None and gather is not None and term.call in (on_maps, on_last_maps):
@@ -242,6 +252,11 @@ class Objective(nn.Module):
                 terms[term.name] = term(step)
         stats = {name: call(t.module, step) for t in self._terms() for name, call in t.stats.items()}
         return LossTerms(terms, stats)
+
+    def _rectified(self, step: Step) -> Step:
+        if self.rectifier is None or step.teacher is None:
+            return step
+        return step._replace(teacher=self.rectifier(step.teacher))
 
     def _terms(self) -> list[Term]:
         return [term for term in self.terms if isinstance(term, Term)]

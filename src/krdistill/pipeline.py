@@ -82,7 +82,7 @@ from .stages import (
     measure,
     profile_answers,
     profile_teacher,
-    rectified_logits,
+    rectified_answers,
     train_experts,
     train_teacher,
 )  # fmt: skip
@@ -148,7 +148,7 @@ def check_names(config: RunConfig) -> tuple[Recipe, Options, tuple[tuple[RecipeC
     for train in (config.teacher.train, config.student.train):
         build_augmentation(train.augmentation, 32)
     if config.bank.views not in ("auto", 0):
-        _check_bank(config, [recipe, *(r for _, r, _ in baselines)])
+        _check_bank(config, [(recipe, options), *((r, o) for _, r, o in baselines)])
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"device: {config.device!r} was asked for, but torch sees no CUDA device here. Use auto or cpu."
@@ -162,14 +162,14 @@ def _reads_bank(recipe: Recipe) -> bool:
     return "teacher" in recipe.needs and "maps" not in recipe.needs
 
 
-def _check_bank(config: RunConfig, recipes: list[Recipe]) -> None:
+def _check_bank(config: RunConfig, recipes: list[tuple[Recipe, Options]]) -> None:
     """Refuses a bank that was asked for and could not be used."""
     if config.student.train.mixup > 0:
         raise ConfigError("bank.views: mixed images cannot be stored; set bank.views 0, or student.train.mixup 0.")
     if config.teacher.answers:
         raise ConfigError("bank.views: teacher.answers are stored answers already; leave bank.views out.")
     if not config.bank.features:
-        lost = [r.name for r in recipes if _reads_bank(r) and "features" in r.needs]
+        lost = [r.name for r, options in recipes if _reads_bank(r) and "features" in r.needs_with(options)]
         if lost:
             raise ConfigError(
                 f"bank.features: {', '.join(lost)} needs the teacher's features; leave bank.features true."
@@ -219,9 +219,8 @@ def _check_networks(plan: Plan) -> tuple[str, ...]:
                 f"{type(head).__name__}. Set {who}.second_stage none, or take another network or head."
             )
     for _, _, recipe, options in plan.recipes:
-        check_needs(
-            recipe.name, recipe.needs, options, student=student, teacher=teacher if "teacher" in recipe.needs else None
-        )
+        asked = teacher if "teacher" in recipe.needs else None
+        check_needs(recipe.name, recipe.needs_with(options), student=student, teacher=asked)
     return (*(teacher.notes if teacher is not None else ()), *student.notes)
 
 
@@ -535,7 +534,7 @@ def _diagnosis_stage(
         if teacher is not None:
             where: dict[str, Any] = {"device": plan.device, "world": folder.world}
             profile = profile_teacher(teacher, plan.data, seed=plan.config.seed, **where)
-            logits, _ = collect_outputs(teacher, plan.data.test, **where)
+            answer = Outputs(*collect_outputs(teacher, plan.data.test, **where))
             train_logits, _ = collect_outputs(teacher, plan.data.train, **where)
         else:
             assert plan.answers is not None
@@ -544,19 +543,19 @@ def _diagnosis_stage(
             if plan.answers.test is None:
                 events.note("The stored answers are about no test image: the teacher itself is not evaluated.")
                 return profile
-            logits = plan.answers.test.logits
+            answer = plan.answers.test
         if folder.writes:
             with replacing(stored) as part, part.open("wb") as file:
                 torch.save({f.name: getattr(profile, f.name) for f in fields(profile)}, file)
         context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
-        rectified, tau, prior = rectified_logits(logits, plan.options, context)
+        rectified, how = rectified_answers(answer, plan.options, context)
         diagnosis = diagnose_teacher(
-            logits, plan.data.test.labels, plan.prior, plan.groups, rectified_logits=rectified,
+            answer.logits, plan.data.test.labels, plan.prior, plan.groups, rectified_logits=rectified,
             train_logits=train_logits, train_labels=plan.data.train.labels,
         )  # fmt: skip
         folder.write_json(
             f"teacher/{DIAGNOSIS}",
-            {**diagnosis, "rectified_by": {"prior": prior, "tau": tau}, "views": profile.views},
+            {**diagnosis, "rectified_by": how, "views": profile.views},
         )
     for sentence in diagnosis["verdict"]:
         events.note(sentence)
@@ -746,22 +745,22 @@ def _evaluation_stage(
 
     with folder.timed("evaluation"):
         metrics: dict[str, Any] = {}
-        network, logits = None, None
+        network, answer = None, None
         if teacher is not None:
             network = teacher.network
-            logits, _ = collect_outputs(teacher, test, device=plan.device, world=folder.world)
-        elif plan.answers is not None and plan.answers.test is not None:
-            logits = plan.answers.test.logits
-        if logits is not None:
-            scores = evaluate_predictions(logits, test.labels, plan.groups, class_names=test.class_names)
-            metrics["teacher"] = describe("teacher", scores, logits, network, "teacher")
+            answer = Outputs(*collect_outputs(teacher, test, device=plan.device, world=folder.world))
+        elif plan.answers is not None:
+            answer = plan.answers.test
+        if answer is not None:
+            scores = evaluate_predictions(answer.logits, test.labels, plan.groups, class_names=test.class_names)
+            metrics["teacher"] = describe("teacher", scores, answer.logits, network, "teacher")
             context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
-            fixed, tau, prior = rectified_logits(logits, plan.options, context)
+            fixed, how = rectified_answers(answer, plan.options, context)
             scores = evaluate_predictions(fixed, test.labels, plan.groups, class_names=test.class_names)
             metrics["teacher_rectified"] = {
                 **describe("teacher_rectified", scores, fixed, network, "teacher"),
                 "best": None,
-                "recipe": f"{prior} prior removed, tau {tau:.2f}",
+                "recipe": how["words"],
             }
         baselines = {}
         for stage, config, _, _ in plan.recipes if students else ():

@@ -26,9 +26,10 @@ from .models.network import Network, build_network
 from .models.reuse import reuse_classifier
 from .models.teacher import Teacher
 from .objective import Objective, ObjectiveContext, TeacherProfile, classification_term
+from .outputs import Outputs
 from .priors import ClassGroups, ClassPrior
 from .recipes import Options, Recipe
-from .recipes.distill import DistillOptions, resolve_tau
+from .recipes.distill import DistillOptions, refitted_teacher, resolve_tau
 from .rectify import class_means, remove_prior
 from .rectify.second_stage import apply_second_stage
 from .rng import derive_seed
@@ -249,7 +250,7 @@ def _profile(features: Tensor, train: ImageData, logits: Tensor, labels: Tensor,
         means = class_means(features, train.labels, train.num_classes)
     else:
         means = features.new_zeros(train.num_classes, 0)
-    kept = _evenly(len(features), max(train.num_classes, MAX_VIEW_VALUES // max(1, features.shape[1])))
+    kept = _some_of_each(train.labels, max(train.num_classes, MAX_VIEW_VALUES // max(1, features.shape[1])))
     return TeacherProfile(means, logits, labels, words, features[kept], train.labels[kept])
 
 
@@ -426,12 +427,20 @@ def balance_head(
 # Stage 2: evaluation --------------------------------------------------------------------------------------------------
 
 
-def rectified_logits(logits: Tensor, options: Options, context: ObjectiveContext) -> tuple[Tensor, float, str]:
-    """The teacher's logits with its prior removed as the recipe says (label prior, tau 1 where it says nothing)."""
-    if not isinstance(options, DistillOptions) or options.prior == "none":
-        return remove_prior(logits, context.prior.log_prior, 1.0), 1.0, "label"
-    log_prior, tau = resolve_tau(options, context)
-    return remove_prior(logits, log_prior, tau), tau, options.prior
+def rectified_answers(
+    answer: Outputs, options: Options, context: ObjectiveContext
+) -> tuple[Tensor, dict[str, float | str]]:
+    """The teacher's logits, rectified as the recipe says (label prior, tau 1 where it says nothing), and how: the
+    ``prior``, the ``tau``, and both in ``words``."""
+    if isinstance(options, DistillOptions) and options.prior == "refit":
+        words = "classifier re-fitted on its features"
+        return refitted_teacher(context)(answer).logits, {"prior": "refit", "tau": 0.0, "words": words}
+    log_prior, tau, prior = context.prior.log_prior, 1.0, "label"
+    if isinstance(options, DistillOptions) and options.prior != "none":
+        log_prior, tau = resolve_tau(options, context)
+        prior = options.prior
+    words = f"{prior} prior removed, tau {tau:.2f}"
+    return remove_prior(answer.logits, log_prior, tau), {"prior": prior, "tau": tau, "words": words}
 
 
 def evaluate_network(
@@ -476,3 +485,16 @@ def _log_line(stage: str, record: EpochRecord, groups: ClassGroups) -> dict[str,
     if "corrected" in record.stats:
         line["correction_rate"] = groups.mean_over(torch.tensor(record.stats["corrected"], dtype=torch.float64))
     return line
+
+
+def _some_of_each(labels: Tensor, limit: int) -> Tensor:
+    """Row numbers, rising, of at most ``limit`` rows: the largest classes lose rows first, no class all of them."""
+    if len(labels) <= limit:
+        return torch.arange(len(labels))
+    counts = torch.bincount(labels)
+    low, high = 1, int(counts.max())
+    while low < high:  # the largest number of rows per class that is within the limit
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(counts.clamp_max(middle).sum()) <= limit else (low, middle - 1)
+    rows = labels.argsort(stable=True).split(counts.tolist())
+    return torch.cat([r[_evenly(len(r), low)] for r in rows]).sort().values

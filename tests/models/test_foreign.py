@@ -600,9 +600,9 @@ def test_a_probe_finds_what_would_fail_after_hours() -> None:
 
 def test_recipes_are_refused_where_networks_do_not_show_what_they_need() -> None:
     own, other = build_network("resnet8", class_names=NAMES, **PLAIN), Network(_Aux(), class_names=NAMES, **PLAIN)
-    check_needs("reviewkd", {"teacher", "maps"}, None, student=own, teacher=own)
+    check_needs("reviewkd", {"teacher", "maps"}, student=own, teacher=own)
     with pytest.raises(ModelError, match=r"'reviewkd' needs the stages.*the teacher \(_Aux\)"):
-        check_needs("reviewkd", {"teacher", "maps"}, None, student=own, teacher=other)
+        check_needs("reviewkd", {"teacher", "maps"}, student=own, teacher=other)
 
 
 # Files as teachers ----------------------------------------------------------------------------------------------------
@@ -757,10 +757,10 @@ def test_a_file_without_a_feature_says_so_and_a_tensor_can_be_named(tmp_path: Pa
     own = build_network("resnet8", class_names=NAMES, **PLAIN)
     needs = frozenset({"teacher", "features"})
     with pytest.raises(ModelError, match=r"'krdistill' needs the teacher's features.*teacher\.tap.*kd"):
-        check_needs("krdistill", needs, None, student=own, teacher=network)
-    check_needs("kd", {"teacher"}, None, student=own, teacher=network)
+        check_needs("krdistill", needs, student=own, teacher=network)
+    check_needs("kd", {"teacher"}, student=own, teacher=network)
     named = file_network(path, class_names=NAMES, images=_images(20, 8), tap="relu")
-    check_needs("krdistill", needs, None, student=own, teacher=named)
+    check_needs("krdistill", needs, student=own, teacher=named)
     x = _batch(5, 8)
     with torch.no_grad():
         out = named(x)
@@ -852,7 +852,7 @@ def test_an_ensemble_is_the_mean_of_probabilities_in_the_first_ones_order(tmp_pa
         assert torch.equal(again(x).logits, out.logits)
     assert again.card()["architecture"]["members"] == 2
     with pytest.raises(ModelError, match=r"stages of both networks, but the teacher .resnet8 . resnet8w8."):
-        check_needs("reviewkd", {"maps"}, None, student=one, teacher=both)
+        check_needs("reviewkd", {"maps"}, student=one, teacher=both)
 
 
 def test_ensembles_that_do_not_fit_are_refused() -> None:

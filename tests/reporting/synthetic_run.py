@@ -115,7 +115,11 @@ def build_run(
     write_json(folder / "metrics.json", metrics)
     write_json(
         folder / "teacher" / "diagnosis.json",
-        {**diagnosis, "rectified_by": {"prior": "label", "tau": 1.0}, "views": "training images under trivial-augment"},
+        {
+            **diagnosis,
+            "rectified_by": {"prior": "label", "tau": 1.0, "words": "label prior removed, tau 1.00"},
+            "views": "training images under trivial-augment",
+        },
     )
     write_json(
         folder / "split.json",

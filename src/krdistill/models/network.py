@@ -467,15 +467,12 @@ def probe(network: Network, *, what: str = "The network") -> None:
         raise ModelError(f"{what} answers {seen} with numbers that are not finite. Check its weights.")
 
 
-def check_needs(
-    recipe: str, needs: Collection[str], options: Any, *, student: Network, teacher: Network | None
-) -> None:
+def check_needs(recipe: str, needs: Collection[str], *, student: Network, teacher: Network | None) -> None:
     """Refuses a recipe that asks networks for what they do not show, before anything is trained.
 
     Args:
         recipe: its name.
-        needs: :attr:`krdistill.recipes.Recipe.needs`.
-        options: its options; a ``feature_weight`` of 0 asks for no features.
+        needs: :meth:`krdistill.recipes.Recipe.needs_with` its options.
         student: what will be trained.
         teacher: what it learns from, or None.
 
@@ -491,7 +488,7 @@ def check_needs(
                 f"({(network.architecture or {}).get('name', type(network.backbone).__name__)}) does not show them; "
                 "krdistill's own networks do. Take one, or a recipe that uses predictions or features."
             )
-        if "features" in needs and getattr(options, "feature_weight", 1) > 0 and not network.has_feature:
+        if "features" in needs and not network.has_feature:
             raise ModelError(
                 f"The recipe {recipe!r} needs the {who}'s features, and none was found in its file. Name the tensor "
                 "that holds them with teacher.tap, or take a recipe that needs predictions alone, such as kd or ltkd."

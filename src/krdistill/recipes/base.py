@@ -27,6 +27,11 @@ class Options(Section):
     classification: Classification = "cross-entropy"
     classification_weight: float = Field(default=1.0, ge=0)
 
+    @property
+    def uses_features(self) -> bool | None:
+        """Whether networks must show their features; None: as the recipe says."""
+        return None
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,6 +68,11 @@ class Recipe:
     build: Callable[[Any, ObjectiveContext], Objective]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reuses_classifier: bool = False
+
+    def needs_with(self, options: Options) -> frozenset[str]:
+        """:attr:`needs` with these options: of some recipes it is they that say whether features are used."""
+        uses = options.uses_features
+        return self.needs if uses is None else self.needs - {"features"} | ({"features"} if uses else set())
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
         """The recipe's options with the user's values over its defaults; unknown ones are refused."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..losses import Projector, PrototypeContrast, RectifiedClassifier, RepresentationRectifiedDistillation
     from ..objective import Objective, ObjectiveContext, TeacherProfile, Term
     from ..outputs import Step
+    from ..rectify.classifier_refit import RefittedTeacher
 
 Weighting = Literal["none", "inverse-sqrt", "effective-number", "group"]
 
@@ -27,7 +28,8 @@ class DistillOptions(Options):
         logit_weight: weight of the divergence on predictions; 0 leaves it out.
         temperature: of that divergence, and of the one through the teacher's classifier.
         prior: which class prior is removed from the teacher's logits: none, the training ``label`` frequencies, or the
-            ``teacher``'s own class-balanced mean prediction on images it was not fitted to.
+            ``teacher``'s own class-balanced mean prediction on images it was not fitted to. With ``refit`` none is in
+            them: a classifier that is fitted on the teacher's features with balanced softmax takes its own one's place.
         tau: how much of it: a number, ``auto`` (the value that evens out the class-mean confidences), or ``per-class``
             (a value for every class, so that they are equal; with prior ``label``).
         prior_side: whether the prior is taken off the ``teacher`` or put on the ``student`` of that divergence.
@@ -52,7 +54,7 @@ class DistillOptions(Options):
 
     logit_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)
-    prior: Literal["none", "label", "teacher"] = "none"
+    prior: Literal["none", "label", "teacher", "refit"] = "none"
     tau: float | Literal["auto", "per-class"] = 1.0
     prior_side: Literal["teacher", "student"] = "teacher"
     correction: Literal["none", "lift", "swap"] = "none"
@@ -68,6 +70,11 @@ class DistillOptions(Options):
     classifier_weight: float = Field(default=0.0, ge=0)
     rrd_weighting: Weighting = "none"
 
+    @property
+    def uses_features(self) -> bool:
+        weights = (self.feature_weight, self.contrast_weight, self.classifier_weight)
+        return any(w > 0 for w in weights) or (self.prior == "refit" and self.logit_weight > 0)
+
     @model_validator(mode="after")
     def _nothing_silent(self) -> DistillOptions:
         logits, features = self.logit_weight > 0, self.feature_weight > 0
@@ -78,7 +85,11 @@ class DistillOptions(Options):
             raise ValueError("tau 'per-class' gives every class its own share whatever the prior; take prior 'label'")
         given = self.model_fields_set
         for used, why, names in (
-            (self.prior != "none", "prior is 'none'", ("tau", "prior_side", "lrd_warmup")),
+            (
+                self.prior not in ("none", "refit"),
+                f"prior is {self.prior!r}",
+                ("tau", "prior_side", "lrd_warmup"),
+            ),
             (
                 logits or classifier,
                 "logit_weight and classifier_weight are 0",
@@ -114,10 +125,30 @@ def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
     ]
     on_predictions = options.logit_weight > 0 or options.classifier_weight > 0
     removed = resolve_tau(options, context) if on_predictions else None
+    refitted = refitted_teacher(context) if on_predictions and options.prior == "refit" else None
     if removed and options.logit_weight > 0:
         terms.append(_logit_term(options, context, *removed))
-    terms += _feature_terms(options, context, removed)
-    return Objective(terms, summary={"tau": removed[1]} if removed and options.prior != "none" else {})
+    head = context.teacher_head if refitted is None else refitted.classifier
+    terms += _feature_terms(options, context, removed, head)
+    return Objective(
+        terms,
+        rectifier=refitted,
+        summary={"tau": removed[1]} if removed and options.prior in ("label", "teacher") else {},
+    )
+
+
+def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
+    """The teacher with a classifier that is fitted on its features with balanced softmax."""
+    from ..errors import ModelError
+    from ..rectify.classifier_refit import RefittedTeacher, refit_classifier
+
+    teacher = context.require_teacher("Prior 'refit'")
+    if not teacher.features.shape[1]:
+        raise ModelError(
+            "prior 'refit' fits a classifier on the teacher's features, and it shows none. Name the tensor that holds "
+            "them with teacher.tap, or take prior 'label'."
+        )
+    return RefittedTeacher(*refit_classifier(teacher.features, teacher.labels, context.prior.num_classes))
 
 
 def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Tensor, float]:
@@ -127,7 +158,7 @@ def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Ten
     """
     from ..rectify import auto_tau, per_class_tau
 
-    if options.prior == "none":
+    if options.prior in ("none", "refit"):
         return context.prior.log_prior, 0.0
     teacher = context.require_teacher("Prior removal")
     log_prior = context.prior.log_prior if options.prior == "label" else teacher.log_prior()
@@ -168,7 +199,10 @@ def _corrected(module: nn.Module, step: Step) -> Tensor:
 
 
 def _feature_terms(
-    options: DistillOptions, context: ObjectiveContext, removed: tuple[Tensor, float] | None
+    options: DistillOptions,
+    context: ObjectiveContext,
+    removed: tuple[Tensor, float] | None,
+    head: nn.Linear | None,
 ) -> list[Term]:
     from ..errors import ModelError
     from ..losses import Projector, tail_weights
@@ -202,7 +236,7 @@ def _feature_terms(
         contrast = _contrast(options, context, prototypes, projector, weights)
         terms.append(Term("contrast", contrast, on_student_feature, weight=options.contrast_weight))
     if removed and options.classifier_weight > 0:
-        classifier = _classifier(options, context, *removed, projector, weights)
+        classifier = _classifier(options, head, *removed, projector, weights)
         terms.append(Term("classifier", classifier, on_classified_features, weight=options.classifier_weight))
     return terms
 
@@ -259,7 +293,7 @@ def _contrast(
 
 def _classifier(
     options: DistillOptions,
-    context: ObjectiveContext,
+    head: nn.Linear | None,
     log_prior: Tensor,
     tau: float,
     projector: Projector,
@@ -270,7 +304,6 @@ def _classifier(
     from ..errors import ModelError
     from ..losses import RectifiedClassifier
 
-    head = context.teacher_head
     if type(head) is not nn.Linear:  # a cosine or an anchored head is one too, and more
         raise ModelError(
             "classifier_weight needs a teacher whose last layer is linear and at hand, got "

@@ -2,6 +2,7 @@
 
 from .anchor_rectification import blend_features, class_means, rarity, recentre_features
 from .class_reweighting import reweight_classes
+from .classifier_refit import refit_classifier
 from .error_correction import correct_errors, errors
 from .power_normalisation import power_normalise
 from .prior_removal import auto_tau, mean_prediction, remove_prior
@@ -19,6 +20,7 @@ __all__ = [
     "power_normalise",
     "rarity",
     "recentre_features",
+    "refit_classifier",
     "remove_prior",
     "reweight_classes",
     "transfer_variance",

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from krdistill.errors import ArgumentError, DataError
+from krdistill.outputs import Outputs
+from krdistill.rectify.classifier_refit import RefittedTeacher, refit_classifier
+
+COUNTS = (120, 40, 6)
+
+
+def _samples(seed: int = 0, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    centres = torch.randn(3, dim, generator=generator)
+    return centres[labels] + torch.randn(len(labels), dim, generator=generator), labels
+
+
+def test_it_is_the_optimum_of_its_formula() -> None:
+    features, labels = _samples()
+    weight, bias = refit_classifier(features, labels, 3, weight_decay=1e-2)
+    scale = features.double().square().sum(1).mean().sqrt()
+    W = (weight.double() * scale).requires_grad_()
+    b = bias.double().requires_grad_()
+    log_prior = (torch.tensor(COUNTS).double() / sum(COUNTS)).log()
+
+    def objective(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        logits = features.double() / scale @ W.T + b + log_prior
+        return F.cross_entropy(logits, labels) + 0.5 * 1e-2 * W.square().sum()
+
+    gradient = torch.autograd.grad(objective(W, b), (W, b))
+    assert all(g.abs().max() < 1e-4 for g in gradient)
+    assert abs(float(bias.mean())) < 1e-6
+    assert weight.dtype == bias.dtype == torch.float32
+
+
+def test_what_is_fitted_has_no_prior_in_it() -> None:
+    """Features that tell nothing: an ordinary classifier answers with the frequencies, this one with equal shares."""
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    weight, bias = refit_classifier(torch.ones(len(labels), 2), labels, 3, weight_decay=1e-3)
+    assert torch.allclose((torch.ones(2) @ weight.T + bias).softmax(0), torch.full((3,), 1 / 3), atol=1e-3)
+
+
+def test_scale_and_class_order_change_nothing() -> None:
+    features, labels = _samples()
+    weight, bias = refit_classifier(features, labels, 3, weight_decay=1e-2)
+    logits = features @ weight.T + bias
+    larger = refit_classifier(1000 * features, labels, 3, weight_decay=1e-2)
+    assert torch.allclose(1000 * features @ larger[0].T + larger[1], logits, atol=1e-3)
+    order = torch.tensor([2, 0, 1])  # class k is called order[k]
+    other = refit_classifier(features, order[labels], 3, weight_decay=1e-2)
+    assert torch.allclose((features @ other[0].T + other[1])[:, order], logits, atol=1e-3)
+
+
+def test_the_tail_gains() -> None:
+    features, labels = _samples(seed=1)
+    test, truth = _samples(seed=1)
+    test = test + 0.5 * torch.randn(test.shape, generator=torch.Generator().manual_seed(9))
+    plain = torch.nn.Linear(5, 3).requires_grad_()
+    optimizer = torch.optim.LBFGS(plain.parameters(), max_iter=200)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(plain(features), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    weight, bias = refit_classifier(features, labels, 3)
+    tail = truth == 2
+    own, refitted = (z[tail].argmax(1).eq(2).float().mean() for z in (plain(test), test @ weight.T + bias))
+    assert refitted > own
+
+
+def test_the_teacher_answers_anew_from_its_feature() -> None:
+    features, labels = _samples()
+    weight, bias = refit_classifier(features, labels, 3)
+    answer = Outputs(torch.zeros(4, 3), features[:4].half(), (torch.ones(4, 1, 1, 1),))
+    fixed = RefittedTeacher(weight, bias)(answer)
+    assert torch.allclose(fixed.logits, features[:4].half().float() @ weight.T + bias, atol=1e-6)
+    assert fixed.feature is answer.feature and fixed.maps is answer.maps
+    assert not any(p.requires_grad for p in RefittedTeacher(weight, bias).parameters())
+
+
+def test_bad_input() -> None:
+    features, labels = _samples()
+    with pytest.raises(DataError, match="1 of 4 classes have no row, among them class 3"):
+        refit_classifier(features, labels, 4)
+    with pytest.raises(DataError, match="all of them are zero"):
+        refit_classifier(torch.zeros_like(features), labels, 3)
+    features[3, 1] = float("nan")
+    with pytest.raises(ArgumentError, match="features"):
+        refit_classifier(features, labels, 3)
+    with pytest.raises(ArgumentError, match="weight_decay"):
+        refit_classifier(_samples()[0], labels, 3, weight_decay=0)
+    with pytest.raises(ArgumentError):
+        refit_classifier(_samples()[0], labels[:-1], 3)
