@@ -18,7 +18,8 @@ from krdistill.recipes import Recipe, list_recipes
 
 _KRD = next(r for r in list_recipes() if r.name == "krdistill")
 VARIANTS: dict[str, dict[str, object]] = {  # options that no recipe has among its defaults
-    "student-side": {"prior_side": "student", "lrd_weighting": "inverse-sqrt", "lrd_warmup": 0.5},
+    "student-side": {"prior": "label", "prior_side": "student", "lrd_weighting": "inverse-sqrt", "lrd_warmup": 0.5},
+    "corrected": {"prior": "label", "correction": "lift", "rectify": "blend"},
     "variance-transfer": {"rectify": "variance-transfer", "rrd_weighting": "effective-number"},
     "contrast": {"contrast_weight": 0.5, "contrast_to": "means", "rrd_weighting": "group"},
     "classifier": {"classifier_weight": 0.5, "rectify": "none"},
@@ -268,7 +269,7 @@ def test_every_number_among_its_options_changes_the_loss(entry: Recipe) -> None:
         objective(step)  # memories and running averages are filled by a first step
         return float(objective(step._replace(progress=0.05)).total().sum().detach())
 
-    inactive = {"tau", "blend_strength"} if defaults.model_dump().get("prior", "none") == "none" else set()
+    inactive = {"tau", "blend_strength"} if defaults.model_dump().get("prior", "none") in ("none", "refit") else set()
     if defaults.model_dump().get("rectify") not in ("blend", "variance-transfer"):
         inactive.add("blend_strength")
     if defaults.model_dump().get("contrast_weight") == 0:

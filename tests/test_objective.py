@@ -13,7 +13,7 @@ from krdistill.losses import ETFHead, Projector, balanced_softmax, kd_divergence
 from krdistill.objective import Objective, ObjectiveContext, TeacherProfile
 from krdistill.outputs import LossTerms, Outputs, Step
 from krdistill.priors import ClassPrior
-from krdistill.recipes import recipe
+from krdistill.recipes import Options, recipe
 from krdistill.recipes.distill import resolve_tau
 from krdistill.rectify import (
     auto_tau,
@@ -64,9 +64,16 @@ def _batch() -> tuple[Outputs, Outputs, torch.Tensor]:
     return student, teacher, torch.randint(0, K, (B,), generator=g)
 
 
+# The recipe with a part of every kind, whatever its defaults are.
+FULL = {"prior": "label", "correction": "lift", "rectify": "blend"}
+
+
+def _resolve(name: str, options: dict[str, object]) -> Options:
+    return recipe(name).resolve({**(FULL if name == "krdistill" else {}), **options})
+
+
 def _build(name: str, **options: object) -> Objective:
-    entry = recipe(name)
-    return entry.build(entry.resolve(options), _context())
+    return recipe(name).build(_resolve(name, options), _context())
 
 
 def test_kd_is_its_formula() -> None:
@@ -146,7 +153,7 @@ def test_uniform_prior_and_right_teacher_make_lrd_plain_kd() -> None:
 
 
 def test_auto_tau_and_teacher_prior_come_from_the_profile() -> None:
-    options = recipe("krdistill").resolve({"tau": "auto", "prior": "teacher"})
+    options = _resolve("krdistill", {"tau": "auto", "prior": "teacher"})
     log_prior, tau = resolve_tau(options, _context())  # type: ignore[arg-type]
     profile = _profile()
     assert torch.allclose(log_prior.exp(), mean_prediction(profile.view_logits, profile.view_labels))
@@ -299,7 +306,7 @@ def test_a_teacher_without_features_is_refused(weight: str) -> None:
 
 def test_a_tau_per_class_makes_the_views_answers_even() -> None:
     student, teacher, labels = _batch()
-    options = recipe("krdistill").resolve({"tau": "per-class"})
+    options = _resolve("krdistill", {"tau": "per-class"})
     log_prior, tau = resolve_tau(options, _context())  # type: ignore[arg-type]
     profile = _profile()
     found, common = per_class_tau(profile.view_logits, profile.view_labels, PRIOR.log_prior)
@@ -316,7 +323,7 @@ def test_a_tau_per_class_makes_the_views_answers_even() -> None:
 def test_a_tau_per_class_of_even_counts_has_no_common_part() -> None:
     even = ClassPrior.from_counts([7] * K)
     context = replace(_context(), prior=even)
-    log_prior, tau = resolve_tau(recipe("krdistill").resolve({"tau": "per-class"}), context)  # type: ignore[arg-type]
+    log_prior, tau = resolve_tau(_resolve("krdistill", {"tau": "per-class"}), context)  # type: ignore[arg-type]
     assert tau == 1.0
     found, _ = per_class_tau(_profile().view_logits, _profile().view_labels, even.log_prior)
     assert torch.allclose(log_prior, found * even.log_prior)
@@ -355,4 +362,4 @@ def test_deferred_rectification_follows_the_progress() -> None:
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        recipe("krdistill").resolve(options)
+        _resolve("krdistill", options)

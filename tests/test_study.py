@@ -199,7 +199,7 @@ def test_cells_are_the_product_and_share_their_teachers(tmp_path: Path) -> None:
         "data": {"if8": {}, "if4": {"data.imbalance_factor": 4}},
         "pairs": {"a": {"student.model": "resnet8w8"}, "b": {"student": {"model": "resnet14w8"}}},
         "teachers": {"ce": {}, "balanced": {"teacher.classification": "balanced-softmax"}},
-        "methods": ["none", "kd", {"name": "krdistill", "label": "auto", "tau": "auto", "set": {"train.lr": 0.1}}],
+        "methods": ["none", "kd", {"name": "krdistill-lrd", "label": "auto", "tau": "auto", "set": {"train.lr": 0.1}}],
     }
     plan = _plan(tmp_path, **axes)
     assert len(plan.cells) == 2 * 2 * 2 * 3 * 2
@@ -279,7 +279,7 @@ def test_nothing_is_done_twice_and_a_method_may_join(finished: tuple[StudyPlan, 
     again = Here()
     run_study(plan, folder, again)
     assert again.did == []
-    more = _plan(tmp_path, methods=["none", "kd", {"name": "krdistill", "label": "auto", "tau": "auto"}], seeds=[0, 1])
+    more = _plan(tmp_path, methods=["none", "kd", {"name": "krdistill-lrd", "label": "auto", "tau": "auto"}], seeds=[0, 1])
     before = {c.item: (folder.path / c.item / "result.json").stat().st_mtime_ns for c in plan.cells}
     with pytest.raises(RunFolderError, match="already holds 'none, seed 0' as another run") as error:
         run_study(_plan(tmp_path, set={**TINY["set"], "student.train.lr": 0.3}), folder, Here())

@@ -9,24 +9,24 @@ from .base import COUNTS, FEATURES, Recipe, Source
 from .distill import DistillOptions, build
 
 _SOURCE = Source("Learn from Balance: Rectifying Knowledge Transfer for Long-Tailed Scenarios", 2024, "2409.07694")
-_FROM = "our formulation; a first choice, not yet from a study"
-_LRD = {"classification": "balanced-softmax", "prior": "label", "correction": "lift"}
-_RRD = {"classification": "balanced-softmax", "feature_weight": 5.0, "rectify": "blend"}
+_FROM = "our formulation, chosen by measurement: see docs/results.md"
+_LRD = {"classification": "balanced-softmax", "prior": "label"}
+_RRD = {"classification": "balanced-softmax", "feature_weight": 5.0}
 
 RECIPES = (
     Recipe(
         name="krdistill",
-        summary="rectified logits and rectified representations (LRD and RRD)",
+        summary="a balanced classifier re-fitted on the teacher's features answers for it (LRD); features matched (RRD)",
         source=_SOURCE,
         needs=FEATURES,
         options=DistillOptions,
-        defaults={**_LRD, **_RRD},
+        defaults={**_LRD, **_RRD, "prior": "refit"},
         defaults_from=_FROM,
         build=build,
     ),
     Recipe(
         name="krdistill-lrd",
-        summary="logit rectification alone: prior removed, errors corrected",
+        summary="logit rectification alone, of predictions alone: the label prior removed",
         source=_SOURCE,
         needs=COUNTS,
         options=DistillOptions,
@@ -36,11 +36,11 @@ RECIPES = (
     ),
     Recipe(
         name="krdistill-rrd",
-        summary="representation rectification alone: features pulled to balanced anchors",
+        summary="representation rectification alone: features pulled to balanced anchors, the rarer the class the more",
         source=_SOURCE,
         needs=FEATURES,
         options=DistillOptions,
-        defaults={**_RRD, "logit_weight": 0.0},
+        defaults={**_RRD, "rectify": "blend", "logit_weight": 0.0},
         defaults_from=_FROM,
         build=build,
     ),
