@@ -1,58 +1,34 @@
-"""Writes the README's results from the committed JSON files, or checks that they are current.
+"""Writes the README's results from the committed study of rivals, or checks that they are current.
 
-python benchmarks/readme.py [--check]
+    python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = "cifar100-lt-seed0"
+import results
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+STUDY = "rivals"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def _row(name: str, m: dict[str, Any]) -> str:
-    def percent(value: float | None) -> str:
-        return "n/a" if value is None else f"{100 * value:.1f}"
-
-    groups = [percent(g["accuracy"]) for g in m["groups"].values()]
-    best = (
-        f"{percent(m['best']['top1'])} (epoch {m['best']['epoch']}, chosen on {m['best']['chosen_on']})"
-        if m["best"]
-        else "-"
+def section(studies: dict[str, dict[str, Any]]) -> str:
+    """The README's results section: the first place of the study, its setting and its table."""
+    found = studies[STUDY]
+    place = found["places"][0]
+    note = (
+        "Mean ± standard deviation over the seeds, last epoch, in percent; differences are paired by seed, with their "
+        "95 % intervals, bold where they leave 0 out."
     )
-    cells = [name, m["model"], *groups, percent(m["top1"]), percent(m["balanced_accuracy"]), percent(m["ece"]), best]
-    return "| " + " | ".join(cells) + " |"
-
-
-def section(result: dict[str, Any]) -> str:
-    """The README's results section for a collected run."""
-    config, provenance, metrics = result["config"], result["provenance"], result["metrics"]
-    threads = f"{provenance['threads']} thread{'s' if provenance['threads'] > 1 else ''}"
-    groups = list(metrics["teacher"]["groups"])
-    head = ["", "network", *groups, "all", "balanced", "ECE", "best epoch"]
-    rows = [
-        _row("teacher", metrics["teacher"]),
-        _row(f"teacher, {metrics['teacher_rectified']['recipe']}", metrics["teacher_rectified"]),
-        *(_row(f"student, {name}", m) for name, m in metrics["baselines"].items()),
-        _row(f"**student, {metrics['student']['recipe']}**", metrics["student"]),
-    ]
-    train = config["student"]["train"]
-    text = (
-        f"CIFAR-100-LT, imbalance factor {config['data']['imbalance_factor']:g}, "
-        f"{result['split']['train_images']:,} training images; teacher {config['teacher']['train']['epochs']} epochs, "
-        f"students {train['epochs']} epochs, batch {train['batch_size']}, {train['augmentation']}; "
-        f"one seed ({config['seed']}), accuracy in percent, last epoch. Measured on {provenance['processor']}, "
-        f"{threads}, torch {provenance['torch']}, commit "
-        f"`{provenance['git']}`: [{RESULT}.json](benchmarks/results/{RESULT}.json)."
-    )
-    table = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "--:|" * (len(head) - 3) + "---|", *rows]
-    return "\n".join([text, "", *table])
+    table = results.study_table(found, place, {})
+    made = f"Made by `krdistill compare benchmarks/studies/{STUDY}.yaml`: "
+    made += f"[{STUDY}.json](benchmarks/results/studies/{STUDY}.json)."
+    return "\n\n".join([results.place_setting(found, place), note, table, made])
 
 
 def updated(readme: str, text: str) -> str:
@@ -63,17 +39,15 @@ def updated(readme: str, text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is not current")
+    parser = argparse.ArgumentParser(description="The README's results from the committed JSON files.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not current")
     check = parser.parse_args().check
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{RESULT}.json").read_text(encoding="utf-8"))
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = updated(old, section(result))
-    if check and new != old:
-        sys.exit("README.md does not show the committed results; run python benchmarks/readme.py")
+    readme = README.read_text(encoding="utf-8")
+    new = updated(readme, section(results.read_studies()))
+    if check and new != readme:
+        sys.exit("README.md is not current; run python benchmarks/readme.py")
     if not check:
-        path.write_text(new, encoding="utf-8")
+        README.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
