@@ -50,7 +50,7 @@ def pack(path: Path, factor: float) -> None:
     arrays: dict[str, Any] = {"class_names": np.array(data.class_names), "factor": np.array(factor)}
     for part, images in (("train", data.train), ("test", data.test)):
         packed = []
-        for pixels in images.images.numpy():
+        for pixels in images.inputs.numpy():
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "webp", lossless=True, quality=100, method=4)
             packed.append(buffer.getvalue())

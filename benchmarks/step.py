@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from krdistill.bank import Answers, Coding, build_bank
 from krdistill.config import TrainConfig
 from krdistill.data.augment import build_augmentation
-from krdistill.data.containers import DataBundle, ImageData
+from krdistill.data.containers import DataBundle, Examples, ImageData
 from krdistill.data.long_tail import long_tail_counts
 from krdistill.models.network import Network, build_network
 from krdistill.models.teacher import Teacher
@@ -72,8 +72,8 @@ def images(n_max: int) -> DataBundle:
 class PlainImages(Dataset[tuple[Tensor, int]]):
     """Images one by one, cropped and flipped in Pillow, as float tensors."""
 
-    def __init__(self, data: ImageData, mean: Tensor, std: Tensor) -> None:
-        self.pixels, self.labels = data.images.numpy(), data.labels.tolist()
+    def __init__(self, data: Examples, mean: Tensor, std: Tensor) -> None:
+        self.pixels, self.labels = data.inputs.numpy(), data.labels.tolist()
         self.mean, self.std = mean.view(3, 1, 1), std.view(3, 1, 1)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
 
 
 def plain_loop(
-    data: ImageData, teacher: Network, student: Network, workers: int, device: torch.device
+    data: Examples, teacher: Network, student: Network, workers: int, device: torch.device
 ) -> Callable[[int], float]:
     """Seconds of so many steps of the plain loop."""
     mean, std = student.mean.flatten().cpu(), student.std.flatten().cpu()
@@ -193,7 +193,7 @@ def measure_pair(
     )
 
     def network(name: str, seed: int) -> Network:
-        made = build_network(name, class_names=data.class_names, images=data.train.images, seed=seed)
+        made = build_network(name, class_names=data.class_names, images=data.train.inputs, seed=seed)
         place(made, device)
         return made
 

@@ -65,11 +65,14 @@ def _batch() -> tuple[Outputs, Outputs, torch.Tensor]:
 
 
 # The recipe with a part of every kind, whatever its defaults are.
-FULL = {"prior": "label", "correction": "lift", "rectify": "blend"}
+FULL = {
+    "krdistill": {"prior": "label", "correction": "lift", "rectify": "blend"},
+    "krdistill-lrd": {"correction": "lift"},
+}
 
 
 def _resolve(name: str, options: dict[str, object]) -> Options:
-    return recipe(name).resolve({**(FULL if name == "krdistill" else {}), **options})
+    return recipe(name).resolve({**FULL.get(name, {}), **options})
 
 
 def _build(name: str, **options: object) -> Objective:
@@ -142,9 +145,8 @@ def test_uniform_prior_and_right_teacher_make_lrd_plain_kd() -> None:
     student, teacher, labels = _batch()
     prior = ClassPrior.from_counts([7] * K)
     right = Outputs(teacher.logits + 50 * F.one_hot(labels, K), teacher.feature)
-    entry = recipe("krdistill-lrd")
     context = ObjectiveContext(prior, prior.groups("shot"), D_S, _profile())
-    out = entry.build(entry.resolve({}), context)(Step(student, labels, right))
+    out = recipe("krdistill-lrd").build(_resolve("krdistill-lrd", {}), context)(Step(student, labels, right))
     assert torch.allclose(out.terms["lrd"], kd_divergence(student.logits, right.logits, temperature=4.0), atol=1e-4)
     assert torch.allclose(
         out.terms["classification"], F.cross_entropy(student.logits, labels, reduction="none"), atol=1e-5
@@ -290,7 +292,7 @@ def test_refitting_needs_features() -> None:
 
 def test_the_classifier_needs_a_linear_head() -> None:
     entry = recipe("krdistill")
-    options = entry.resolve({"classifier_weight": 1.0})
+    options = entry.resolve({"classifier_weight": 1.0, "prior": "label"})
     for head, said in ((None, "got none"), (ETFHead(D_T, K), "got ETFHead")):
         with pytest.raises(ModelError, match=f"classifier_weight needs a teacher whose last layer is linear.*{said}"):
             entry.build(options, replace(_context(), teacher_head=head))

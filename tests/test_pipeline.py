@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "teacher": {"model": "resnet14"},
     "student": {"model": "resnet8"},
     "train": {"epochs": 2, "batch_size": 64, "augmentation": "crop-only", "evaluate_every": 1},
-    "recipe": "krdistill",
+    "recipe": {"name": "krdistill", "prior": "label", "correction": "lift", "rectify": "blend"},
     "baselines": ["none", "kd"],
     "export": {"onnx": False},
 }

@@ -205,6 +205,20 @@ def test_bad_rules_are_refused(rule: object) -> None:
         ClassPrior.from_counts([3, 2]).groups(rule)  # type: ignore[arg-type]
 
 
+def test_groups_by_name() -> None:
+    prior = ClassPrior.from_counts([5, 5, 5], class_names=["a", "b", "c"])
+    groups = prior.groups({"many": ["c"], "medium": [], "few": ["a", "b"]})
+    assert groups.names == ("many", "medium", "few") and groups.index.tolist() == [2, 2, 0]
+    for rule, words in (
+        ({"x": ["a", "b"]}, "'c' is in none"),
+        ({"x": ["a", "b", "c"], "y": ["a"]}, "'a' is in two groups"),
+        ({"x": ["a", "b", "c", "d"]}, "'d' is no class of the data"),
+        ({}, "'a' is in none"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            prior.groups(rule)
+
+
 def test_mean_over_leaves_out_nan_and_says_none_for_an_empty_group() -> None:
     groups = ClassPrior.from_counts([300, 200, 50, 40]).groups()
     values = [0.5, float("nan"), 0.25, 0.75]

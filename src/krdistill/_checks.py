@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .errors import ArgumentError
 
+_LARGEST = 1e100
+
 
 def describe(x: Any) -> str:
     """What came, in few words."""
@@ -113,9 +115,10 @@ def check_number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """A finite number within the bounds given."""
+    """A finite number within the bounds given; none is so large (1e100) that its square is not finite."""
     bounds = [(">", above), (">=", at_least), ("<=", at_most), ("<", below)]
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    limit: Any = _LARGEST  # compared as it is: a whole number may be too large for a float
+    ok = isinstance(value, Real) and not isinstance(value, bool) and bool(-limit <= value <= limit)
     if ok:
         number = float(value)
         ok = (

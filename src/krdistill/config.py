@@ -17,7 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import ConfigError, unknown_name
 
-GroupRule = Literal["shot", "thirds"] | tuple[int, int]
+GroupRule = Literal["shot", "thirds"] | tuple[int, int] | dict[str, tuple[str, ...]]
+
+_LONGEST_YAML, _MOST_VALUES = 2**20, 100_000
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")
+)
 
 
 Classification = Literal[
@@ -45,12 +50,14 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images, and how they are cut.
+    """Which images, sentences or rows of numbers, and how they are cut.
 
     Attributes:
         source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``, or a path: a folder ``class/image``, a
             manifest (``.csv``, ``.tsv``, ``.parquet``), lists ``path label``, a NumPy archive (``.npz``), or a data
-            set that the Hugging Face library saved (``docs/howto-data.md``).
+            set that the Hugging Face library saved (``docs/howto-data.md``). Sentences: ``banking77``, ``trec``,
+            ``hwu64``, ``clinc150``, ``clinc150-imbalanced``, or a table with the columns ``text`` and ``label``; rows
+            of numbers: ``digits-features``, a table, or an archive (``docs/howto-text.md``).
         root: folder that holds data sets; by default ``$KRDISTILL_DATA``, else ``~/.cache/krdistill/data``. For a
             manifest or lists: what their relative paths start from, by default their own folder.
         profile: shape of the long-tailed cut; ``none`` keeps the data as they are.
@@ -65,7 +72,8 @@ class DataConfig(Section):
         empty: ``drop`` leaves classes without a training image out; by default they are an error.
         cache: whether a folder's images are decoded once into a memory-mapped file under ``$KRDISTILL_CACHE`` (by
             default ``~/.cache/krdistill/images``): ``always``, ``never``, or ``auto``, above 1 GiB of pixels.
-        groups: ``shot`` (many > 100, medium 20-100, few < 20 training images), ``thirds``, or ``[high, low]``.
+        groups: ``shot`` (many > 100, medium 20-100, few < 20 training images), ``thirds``, ``[high, low]``, or the
+            groups by name, each with its classes' names.
     """
 
     source: str = "digits"
@@ -133,6 +141,8 @@ class TrainConfig(Section):
             runs them as they are; ``auto`` is ``default`` where it was measured faster and pays for its time: ResNets
             of ours in trainings of at least 20,000 steps, on one Linux process's CPU, with a C++ compiler; else
             ``none``.
+        on_nonfinite: what a step does whose loss or gradient is not finite: ``stop`` ends the training and says why;
+            ``skip`` leaves the step out, counts it, and stops beyond a hundredth of all steps (or three).
     """
 
     epochs: int = Field(default=30, ge=1)
@@ -154,6 +164,7 @@ class TrainConfig(Section):
     evaluate_every: int = Field(default=5, ge=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "none", "default", "reduce-overhead"] = "auto"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @field_validator("milestones")
     @classmethod
@@ -179,7 +190,7 @@ class TeacherConfig(Section):
 
     Attributes:
         model: name of a network: krdistill's own (``krdistill list models``), ``timm:NAME``, ``torchvision:NAME``,
-            ``hf:NAME-or-folder`` or ``module:package.path:factory``.
+            ``hf:NAME-or-folder``, ``module:package.path:factory``, or ``embedding:NAME-or-folder`` (for sentences).
         weights: what its training starts from: ``none`` (fresh ones), ``pretrained`` (its library's), or a file.
         tap: name of its classifier layer (in a ``file``: of the tensor that is the feature), where not found by itself.
         run: an earlier run folder to take the teacher from, instead of training one; of several, an ensemble is made.
@@ -252,7 +263,7 @@ class RecipeConfig(BaseModel):
         label: the name to show and to store it under; by default the recipe's.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
     name: str = "krdistill"
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
@@ -411,7 +422,7 @@ def _read_source(source: str) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml"} or "/" in source:
         if not path.is_file():
             raise ConfigError(f"No configuration file {source!r}. Presets, by name: {', '.join(list_presets())}.")
-        return _parse(path.read_text(encoding="utf-8"), source)
+        return _parse(read_text(path), source)
     return _read_preset(source)
 
 
@@ -425,11 +436,76 @@ def _read_preset(name: str) -> dict[str, Any]:
     return _parse(text, f"preset {name}")
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        ConfigError: it cannot be read, or is no UTF-8.
+    """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def parse_yaml(text: str, where: str, loader: Any = yaml.SafeLoader) -> Any:
+    """Plain data (texts, numbers, lists, mappings) from YAML that a stranger may have written.
+
+    A tag that asks for anything else is refused, before anything is made; so are more than 1 MiB, and aliases
+    (``*name``) that stand for themselves or, in all, for more than 100,000 values: a few lines of these would fill any
+    memory.
+
+    Args:
+        text: the YAML.
+        where: what it is, for messages.
+        loader: PyYAML's, safe.
+
+    Raises:
+        ConfigError: all of that, or no YAML.
+    """
+    if len(text) > _LONGEST_YAML:
+        raise ConfigError(f"{where} has {len(text):,} characters; expected at most {_LONGEST_YAML:,}.")
+    try:
+        parser = loader(text)
+        try:
+            node = parser.get_single_node()
+            if node is None:
+                return None
+            if _values(node, {}) > _MOST_VALUES:
+                raise ConfigError(f"{where}: its aliases stand for more than {_MOST_VALUES:,} values. Write them out.")
+            return parser.construct_document(node)
+        finally:
+            parser.dispose()
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply.") from None
+    except Exception as error:  # PyYAML's constructors raise nearly anything, as for the date 2001-99-99
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for, with what its aliases stand for; refuses what is no plain data."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.YAMLError(f"an alias stands for what it is in{node.start_mark}")
+        return known[id(node)]
+    if node.tag not in _PLAIN_TAGS:
+        raise yaml.YAMLError(
+            f"expected texts, numbers, lists and sections, got the tag {node.tag}{node.start_mark}; "
+            "a date stands in quotation marks"
+        )
+    known[id(node)] = 0
+    inner = node.value if isinstance(node.value, list) else []
+    parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+    known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    values = parse_yaml(text, where)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -442,8 +518,8 @@ def _override_layer(key: str, value: str) -> dict[str, Any]:
     if not all(parts):
         raise ConfigError(f"--{key}: expected a key such as --student.train.epochs.")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = parse_yaml(value, f"--{key}")
+    except ConfigError:
         parsed = value
     layer: Any = parsed
     for part in reversed(parts):
@@ -476,7 +552,8 @@ def _spread_train(layer: dict[str, Any]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for key, value in layer.items():
         new_recipe = key == "recipe" and isinstance(value, Mapping) and "name" in value
-        if new_recipe and base.get(key, {}).get("name") not in (None, value["name"]):
+        held = base.get(key)
+        if new_recipe and isinstance(held, dict) and held.get("name") not in (None, value["name"]):
             base[key] = dict(value)  # another recipe: the former one's options do not carry over
         elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
             _merge(base[key], value)
@@ -486,6 +563,8 @@ def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 def _explain(section: type[BaseModel], item: Any, where: str) -> str:
     path = [str(p) for p in item["loc"] if not (isinstance(p, str) and ("[" in p or p in {"int", "float", "str"}))]
+    if item["type"] == "extra_forbidden":  # the key itself may look like what pydantic puts in between
+        path = [*path[: len(path) - (path[-1:] == [str(item["loc"][-1])])], str(item["loc"][-1])]
     name = ".".join([where, *path] if where else path)
     if item["type"] == "extra_forbidden":
         known = _keys(section, path[:-1])

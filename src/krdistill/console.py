@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from .events import Events
+from .kinds import NOUNS
+from .reporting.tables import clean
 
 if TYPE_CHECKING:
     from .pipeline import Plan
@@ -34,9 +37,20 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60} min"
 
 
+class PlainConsole(Console):
+    """A console on which no text commands the terminal: a class or file that a stranger named may hold escapes."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment("\n".join(map(clean, segment.text.split("\n"))), segment.style)
+
+
 def print_table(console: Console, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A plain table of one text column and number columns, cut into several below each other where it is too wide."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[clean(cell) for cell in row] for row in rows]
     widths = [max(len(line) for line in column) for column in zip(headers, *rows, strict=True)]
     blocks: list[list[int]] = [[]]
     for i in range(1, len(headers)):
@@ -81,14 +95,15 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
     counts = prior.counts
     sizes = groups.sizes()
     data = plan.data
-    shape = "x".join(map(str, (*data.train.image_size, data.train.channels)))
+    noun = NOUNS[data.train.kind]
+    shape = " ".join(filter(None, (noun, data.train.shape)))
     lines = [
         (
             "data",
-            f"{data.name}: {len(data.train.labels):,} training images {shape}, "
+            f"{data.name}: {len(data.train.labels):,} training {shape}, "
             + (f"{len(data.val.labels):,} validation, " if data.val is not None else "")
             + f"{len(data.test.labels):,} test; {prior.num_classes} classes, {int(counts.max()):,} to "
-            f"{int(counts.min()):,} images (imbalance factor {prior.imbalance_factor:.4g})",
+            f"{int(counts.min()):,} {noun} (imbalance factor {prior.imbalance_factor:.4g})",
         ),
         ("groups", ", ".join(f"{n} {sizes[n]}" for n in groups.names) + f" classes  ({groups.rule})"),
         ("teacher", _teacher_words(plan)),

@@ -14,16 +14,18 @@ from .bank import Answers, Coding, ViewBank, build_bank, load_answers
 from .bank.plan import DEFAULT_VIEWS
 from .config import GroupRule, RecipeConfig, TrainConfig, validate
 from .data import DataBundle, load_data
-from .data.augment import build_augmentation
-from .data.containers import ImageData
+from .data.augment import augmentation_of
+from .data.containers import Examples, FeatureData, ImageData, TextData
 from .errors import ArgumentError, KrdistillError
 from .events import Events
+from .kinds import encode_texts
 from .models.graphs import SUFFIXES
 from .models.network import (
     Network,
     build_network,
     channel_statistics,
     check_needs,
+    column_statistics,
     ensemble,
     file_network,
     load_network,
@@ -141,24 +143,28 @@ class Distiller:
         self.student_, self.history_ = trained.network, trained.record
         return self
 
-    def evaluate(self, data: ImageData | None = None) -> dict[str, Any]:
+    def evaluate(self, data: Examples | None = None) -> dict[str, Any]:
         """Metrics of the student on the test images, or on others of the same classes."""
         scores, _ = stages.evaluate_network(
             self._fitted(), data if data is not None else self.data_.test, self.groups_, device=self.device
         )
         return scores
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities ``(N, K)`` of uint8 images ``(N, H, W, C)``."""
+    def predict(self, images: Tensor | Sequence[str]) -> Tensor:
+        """Class probabilities ``(N, K)`` of uint8 images ``(N, H, W, C)``; or of vectors float32 ``(N, D)``, or
+        sentences, where the student was trained on such."""
         student = self._fitted()
-        height, width = student.image_size
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (height, width, student.channels):
+        rows = images if isinstance(images, Tensor) else torch.from_numpy(encode_texts(images))
+        if not student.takes(rows) or (student.kind == "image" and rows.dtype != torch.uint8):
+            height, width = student.image_size
+            wanted = f"uint8 images (N, {height}, {width}, {student.channels})"
             raise ArgumentError(
-                f"Expected uint8 images (N, {height}, {width}, {student.channels}), "
-                f"got {images.dtype} {tuple(images.shape)}."
+                f"Expected {wanted if student.kind == 'image' else student.takes_words}, "
+                f"got {rows.dtype} {tuple(rows.shape)}."
             )
-        blank = torch.zeros(len(images), dtype=torch.int64)
-        data = ImageData(images, blank, student.class_names, tuple(map(str, range(len(images)))), "predict")
+        blank = torch.zeros(len(rows), dtype=torch.int64)
+        made = {"image": ImageData, "features": FeatureData, "text": TextData}[student.kind]
+        data = made(rows, blank, student.class_names, tuple(map(str, range(len(rows)))), "predict")
         return collect_outputs(student, data, device=self.device)[0].softmax(1)
 
     def save(self, folder: str | Path) -> Path:
@@ -171,7 +177,7 @@ class Distiller:
         from .deploy import export_onnx, verify_onnx
 
         export_onnx(self._fitted(), Path(path), class_counts=self.data_.train.counts().tolist())
-        return verify_onnx(Path(path), self._fitted(), self.data_.test.images)
+        return verify_onnx(Path(path), self._fitted(), self.data_.test.inputs)
 
     def _fitted(self) -> Network:
         if self.student_ is None:
@@ -180,7 +186,7 @@ class Distiller:
 
     def _build_bank(self, root: Path, bundle: DataBundle, teacher: Teacher) -> ViewBank | None:
         return build_bank(
-            teacher, bundle.train, build_augmentation(self.train.augmentation, bundle.train.image_size[0]),
+            teacher, bundle.train, augmentation_of(self.train.augmentation, bundle.train),
             views=min(self.train.epochs, DEFAULT_VIEWS), root=root, seed=self.seed,
             coding=Coding(bundle.num_classes, teacher.feature_dim), device=self.device,
             on_step=lambda done, total: self.events.progress("bank", done, total),
@@ -200,7 +206,7 @@ class Distiller:
             return ensemble([self._resolve_teacher(one, bundle) for one in given])
         path = Path(str(given))
         if path.suffix in SUFFIXES:
-            return file_network(path, class_names=self.prior_.class_names, images=bundle.train.images)
+            return file_network(path, class_names=self.prior_.class_names, images=bundle.train.inputs)
         if isinstance(given, Path) or path.is_dir():
             return load_network(path / "teacher" if (path / "teacher").is_dir() else path)
         return stages.train_teacher(
@@ -212,11 +218,13 @@ class Distiller:
         if isinstance(given, Network):
             return given
         if isinstance(given, nn.Module):
-            mean, std = channel_statistics(bundle.train.images)
-            return Network(
-                given, class_names=self.prior_.class_names, mean=mean, std=std, image_size=bundle.train.image_size
-            )
-        return build_network(given, class_names=self.prior_.class_names, images=bundle.train.images, seed=seed)
+            train, names = bundle.train, self.prior_.class_names
+            if isinstance(train, ImageData):
+                mean, std = channel_statistics(train.images)
+                return Network(given, class_names=names, mean=mean, std=std, image_size=train.image_size)
+            mean, std = column_statistics(train.inputs) if train.kind == "features" else ([], [])
+            return Network(given, class_names=names, mean=mean, std=std, image_size=None, kind=train.kind)
+        return build_network(given, class_names=self.prior_.class_names, images=bundle.train.inputs, seed=seed)
 
 
 def _is_file(teacher: Any) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,5 +175,63 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a NumPy archive (``.npz``), which a stranger may have made. Nothing in it is unpickled.
+
+    Raises:
+        ValueError: it is no archive, is damaged, holds Python objects, or would unpack to more than the machine's
+            memory.
+        OSError: it cannot be read.
+    """
+    import numpy as np
+
+    try:
+        check_unpacked(path)
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError):
+        raise
+    except MemoryError:
+        raise ValueError("an array says of itself that it is larger than the memory") from None
+    except Exception as error:  # zipfile, zlib and NumPy's reader of headers have no common base
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def check_unpacked(path: Path, *, stored: bool = False) -> None:
+    """Refuses a zip archive that would unpack to more than the machine's memory.
+
+    Args:
+        path: the archive; a file that is none passes.
+        stored: whether what wrote it does not compress: it may then not hold more than its own size.
+
+    Raises:
+        ValueError: it would.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError):
+        return
+    most = path.stat().st_size if stored else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > most:
+        raise ValueError(f"{path.name} would unpack to {size:,} bytes; expected at most {most:,}")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -33,12 +33,14 @@ from .config import (
     load_config,
 )
 from .data import DataBundle
-from .data.augment import Augmentation, build_augmentation
+from .data.augment import Augmentation, augmentation_of
+from .data.augment_names import OF_KIND
 from .distributed import World, barrier, first_then_all, same_everywhere
-from .errors import ConfigError, ModelError, RunFolderError
+from .errors import ArgumentError, ConfigError, ModelError, RunFolderError, unknown_name
 from .evaluation import diagnose_teacher, evaluate_predictions, prediction_record
 from .events import Events
-from .files import DiskError, read_json, replacing
+from .files import DiskError, check_unpacked, read_json, replacing, sha256
+from .kinds import NOUNS
 from .models.experts import Experts
 from .models.network import (
     Network,
@@ -145,8 +147,11 @@ def check_names(config: RunConfig) -> tuple[Recipe, Options, tuple[tuple[RecipeC
             )
     _asked(config.teacher)
     _asked(config.student)
+    known = {name: words for names in OF_KIND.values() for name, words in names.items()}
     for train in (config.teacher.train, config.student.train):
-        build_augmentation(train.augmentation, 32)
+        if train.augmentation not in known:
+            hint = "`krdistill list augmentations` describes them."
+            raise ArgumentError(unknown_name("augmentation", train.augmentation, known, hint=hint))
     if config.bank.views not in ("auto", 0):
         _check_bank(config, [(recipe, options), *((r, o) for _, r, o in baselines)])
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -197,13 +202,17 @@ def _asked(part: TeacherConfig | StudentConfig) -> str:
 def _check_networks(plan: Plan) -> tuple[str, ...]:
     """Shows both networks a small batch, and gives their notes; what does not fit is refused before any training."""
     config, train = plan.config, plan.data.train
-    C = train.channels
+    few = train.inputs[:64]
+    given = plan.answers is not None or config.teacher.run or config.teacher.file
+    for who, schedule in (("teacher", None if given else config.teacher.train), ("student", config.student.train)):
+        if schedule is None:
+            continue
+        augmentation_of(schedule.augmentation, train)
+        if schedule.mixup > 0 and train.kind != "image":
+            raise ConfigError(f"{who}.train.mixup: only images can be mixed; set it to 0 for {NOUNS[train.kind]}.")
 
     def made(part: TeacherConfig | StudentConfig) -> Network:
-        return build_network(
-            _asked(part), class_names=train.class_names, head=part.head, mean=[0.5] * C, std=[0.25] * C,
-            image_size=train.image_size,
-        )  # fmt: skip
+        return build_network(_asked(part), class_names=train.class_names, head=part.head, images=few)
 
     student = made(config.student)
     probe(student, what=f"The student {config.student.model}")
@@ -335,7 +344,7 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
     """
     folder = RunFolder(out, plan.config)
     config, data = plan.config, plan.data
-    names, images = data.train.class_names, data.train.images
+    names, images = data.train.class_names, data.train.inputs
     result: dict[str, float] = {}
     teacher_network = _given_teacher(plan) or build_network(_asked(config.teacher), class_names=names, images=images)
     judged = data.val if data.val is not None else data.test
@@ -345,6 +354,7 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
         trainer = Trainer(task, data.train, plain, seed=0, device=plan.device, answers=answers)
         trainer.task.train()
         batches = trainer.batches(0)[: steps + 1]
+        once = _embedding_seconds(plan, task.network, torch.cat(batches), len(data.train) + len(judged))
         for i, batch in enumerate(trainer.feed.run((batches[0], *(batches[1:] or batches)))):
             out = trainer.step(0, i, *batch)
             float(out.terms.total().detach().sum())  # waits for the device
@@ -357,7 +367,7 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
         collect_outputs(task.network, probe, device=plan.device)
         per_evaluation = (time.perf_counter() - started) / len(probe.labels) * len(judged.labels)
         evaluations = train.epochs // train.evaluate_every + 1
-        return per_step * trainer.steps_per_epoch * train.epochs + per_evaluation * evaluations
+        return once + per_step * trainer.steps_per_epoch * train.epochs + per_evaluation * evaluations
 
     def left(stage: str, train: TrainConfig) -> float:
         state = folder.load_checkpoint(stage)
@@ -414,6 +424,16 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
 _PLAIN = RecipeConfig(name="kd")
 
 
+def _embedding_seconds(plan: Plan, network: Network, rows: Tensor, total: int) -> float:
+    """How long a frozen encoder takes over so many sentences, measured on a few; they are then remembered."""
+    if not hasattr(network.backbone, "embeds"):
+        return 0.0
+    collect_outputs(network, plan.data.train.subset(rows[:1]), device=plan.device)  # loads the encoder
+    started = time.perf_counter()
+    collect_outputs(network, plan.data.train.subset(rows), device=plan.device)
+    return (time.perf_counter() - started) / len(rows) * total
+
+
 def _supervised(plan: Plan, network: Network) -> Task:
     """A throw-away copy of the teacher's training, for timing."""
     fresh = copy.deepcopy(network).requires_grad_(True)
@@ -451,19 +471,26 @@ def _open(plan: Plan, out: Path, world: World) -> RunFolder:
                 "Choose another folder with --out."
             )
     folder.write_json(SPLIT, split)
-    folder.note_provenance(
-        **{**environment(plan.device), **{k: v for k, v in folder.provenance().items() if k == "started"}},
-        seed=plan.config.seed,
-        split_checksum=split["checksum"],
-    )
+    if folder.writes:
+        folder.note_environment(environment(plan.device, world.size), checksums(plan.config))
+    folder.note_provenance(seed=plan.config.seed, split_checksum=split["checksum"])
     return folder
+
+
+def checksums(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the files that a configuration takes networks or answers from."""
+    named = [config.teacher.file, config.teacher.answers, config.teacher.weights, config.student.weights]
+    given = [Path(run) for run in _runs(config.teacher)]
+    paths = [run / "teacher" if (run / "teacher").is_dir() else run for run in given]
+    files = [*(path / "model.safetensors" for path in paths), *(Path(name) for name in named if name)]
+    return {str(path): sha256(path) for path in files if path.is_file()}
 
 
 def _given_teacher(plan: Plan) -> Network | None:
     """The teacher of earlier runs or of a file, checked against the data, where the configuration names one."""
     config, train = plan.config.teacher, plan.data.train
     if config.file:
-        network = file_network(Path(config.file), class_names=train.class_names, images=train.images, tap=config.tap)
+        network = file_network(Path(config.file), class_names=train.class_names, images=train.inputs, tap=config.tap)
         Teacher(network, class_names=plan.prior.class_names)
         return network
     if not config.run:
@@ -475,12 +502,11 @@ def _given_teacher(plan: Plan) -> Network | None:
         networks.append(_load(plan, path / "teacher" if (path / "teacher").is_dir() else path))
     network = ensemble(networks)
     Teacher(network, class_names=plan.prior.class_names)
-    if network.channels != plan.data.train.channels or network.image_size != plan.data.train.image_size:
+    if not network.takes(train.inputs):
+        what = train.shape if train.kind == "image" else f"{NOUNS[train.kind]} {train.shape}".strip()
         raise ModelError(
-            f"The teacher in {', '.join(_runs(config))} takes images of "
-            f"{network.image_size[0]}x{network.image_size[1]} with {network.channels} channel(s); the data are "
-            f"{plan.data.train.image_size[0]}x{plan.data.train.image_size[1]} with {plan.data.train.channels}. "
-            "Set data.image_size, or take another teacher."
+            f"The teacher in {', '.join(_runs(config))} takes {network.takes_words}; the data are {what}. "
+            f"{'Set data.image_size, or take' if train.kind == 'image' else 'Take'} another teacher."
         )
     return network
 
@@ -526,8 +552,11 @@ def _diagnosis_stage(
     stored = folder.part("teacher") / PROFILE
     if stored.is_file() and (folder.part("teacher") / DIAGNOSIS).is_file():
         events.skipped("diagnosis", "already done")
-        values = torch.load(stored, weights_only=True)
-        return TeacherProfile(**values)
+        try:
+            check_unpacked(stored, stored=True)
+            return TeacherProfile(**torch.load(stored, weights_only=True))
+        except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
+            raise RunFolderError(f"{stored} is damaged ({error}). Delete it; the diagnosis is made again.") from None
     _stop_here(folder)
     events.stage("diagnosis", "whom does the teacher favour?")
     with folder.timed("diagnosis"):
@@ -627,7 +656,7 @@ def _bank_root(folder: RunFolder, plan: Plan) -> Path:
 def _bank_parts(plan: Plan, teacher: Teacher) -> tuple[Augmentation, Coding]:
     """Which views a plan's bank holds, and how."""
     config = plan.config.bank
-    augment = build_augmentation(plan.config.student.train.augmentation, plan.data.train.image_size[0])
+    augment = augmentation_of(plan.config.student.train.augmentation, plan.data.train)
     dim = teacher.feature_dim if config.features else 0
     return augment, Coding(plan.prior.num_classes, dim, config.dtype, config.top_k)
 
@@ -672,7 +701,7 @@ def _student_stage(
     with folder.timed(stage):
         student = build_network(
             _asked(plan.config.student), class_names=plan.prior.class_names, head=plan.config.student.head,
-            images=plan.data.train.images, seed=seed + 1,
+            images=plan.data.train.inputs, seed=seed + 1,
         )  # fmt: skip
         task = build_task(
             recipe, options, student, plan.data, plan.prior, plan.groups, teacher=teacher, profile=profile,
@@ -723,7 +752,7 @@ def _evaluation_stage(
         return done
     test = plan.data.test
     _stop_here(folder)
-    events.stage("evaluation", f"{len(test.labels):,} test images")
+    events.stage("evaluation", f"{len(test.labels):,} test {NOUNS[test.kind]}")
     arrays: dict[str, np.ndarray] = {"labels": test.labels.numpy().astype(np.int32)}
 
     def describe(
@@ -791,6 +820,6 @@ def _export_stage(folder: RunFolder, plan: Plan, events: Events) -> None:
     with folder.timed("export"):
         network = _load(plan, folder.part("student"))
         export_onnx(network, folder.path / ONNX, class_counts=plan.prior.counts.tolist())
-        check = verify_onnx(folder.path / ONNX, network, plan.data.test.images)
+        check = verify_onnx(folder.path / ONNX, network, plan.data.test.inputs)
         folder.write_json(EXPORT, check)
     events.note(check["sentence"])

@@ -18,6 +18,7 @@ from .errors import ArgumentError, DataError
 CountsLike = Sequence[int] | np.ndarray | Tensor
 
 SHOT_HIGH, SHOT_LOW = 100, 20
+MOST_CLASSES = 2**20  # a single label of a damaged file would otherwise ask for any memory
 
 
 def _whole_numbers(name: str, values: Any) -> Tensor:
@@ -50,6 +51,8 @@ def _whole_numbers(name: str, values: Any) -> Tensor:
 def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or value < 1:
         raise ArgumentError(f"{name}: expected a whole number >= 1, but got {value!r}.")
+    if value >= 2**63:
+        raise ArgumentError(f"{name}: expected a whole number below 2**63, but got {value!r}.")
     return int(value)
 
 
@@ -159,6 +162,8 @@ class ClassPrior:
             raise ArgumentError(f"class_names: expected {len(counts)} names, one per class, but got {len(names)}.")
         if int(counts.min()) < 1:
             raise DataError(f"counts: expected at least 1 image per class, but got {int(counts.min())}.")
+        if (total := float(counts.double().sum())) >= 2.0**53:
+            raise DataError(f"counts: expected fewer than 2**53 images in all, but got {total:g}.")
         if kept.shape != counts.shape or int(kept[0]) < 0 or bool((kept.diff() <= 0).any()):
             raise ArgumentError(f"kept: expected {len(counts)} ascending class indices >= 0, one per class.")
         object.__setattr__(self, "counts", counts)
@@ -232,7 +237,7 @@ class ClassPrior:
         tensor = _whole_numbers("labels", labels)
         low, high = int(tensor.min()), int(tensor.max())
         if num_classes is None:
-            num_classes = len(class_names) if class_names is not None else high + 1
+            num_classes = len(class_names) if class_names is not None else min(high + 1, MOST_CLASSES)
         num_classes = _whole_number("num_classes", num_classes)
         if low < 0 or high >= num_classes:
             position = int(((tensor < 0) | (tensor >= num_classes)).nonzero()[0])
@@ -272,7 +277,7 @@ class ClassPrior:
         """:func:`effective_number_weights` of these counts."""
         return effective_number_weights(self.counts, beta)
 
-    def groups(self, rule: str | tuple[int, int] | list[int] = "shot") -> ClassGroups:
+    def groups(self, rule: str | tuple[int, int] | list[int] | Mapping[str, Sequence[str]] = "shot") -> ClassGroups:
         """Divide the classes into head, middle and tail.
 
         Args:
@@ -284,16 +289,19 @@ class ClassPrior:
                 - ``"thirds"``: head, medium, tail: classes sorted by count, ties by class index; the first 33 %, the
                   next 34 %, the last 33 % of them. Head and tail each hold 0.33 K classes rounded to the nearest
                   whole number (a half goes up); medium holds the rest: 33/34/33 of 100, 3/4/3 of 10, 1/0/1 of 2.
+                - a mapping of group names to class names, every class in one group: the groups of another set, say.
 
         Returns:
             The groups; a group may be empty.
         """
         if isinstance(rule, tuple | list):
             return self._threshold_groups(rule)
+        if isinstance(rule, Mapping):
+            return self._named_groups(rule)
         if rule == "shot":
             return self._threshold_groups((SHOT_HIGH, SHOT_LOW))
         if rule != "thirds":
-            raise ArgumentError(f"rule: expected 'shot', 'thirds' or (high, low), but got {rule!r}.")
+            raise ArgumentError(f"rule: expected 'shot', 'thirds', (high, low) or groups by name, but got {rule!r}.")
         K = self.num_classes
         outer = (33 * K + 50) // 100
         order = torch.sort(self.counts, descending=True, stable=True).indices
@@ -314,6 +322,20 @@ class ClassPrior:
         index = (self.counts <= high).long() + (self.counts < low).long()
         rule_text = f"many > {high}, medium {low}-{high}, few < {low} training images"
         return ClassGroups(("many", "medium", "few"), index, rule_text)
+
+    def _named_groups(self, rule: Mapping[str, Sequence[str]]) -> ClassGroups:
+        place = {name: k for k, name in enumerate(self.class_names)}
+        index = torch.full((self.num_classes,), -1)
+        for group, names in enumerate(rule.values()):
+            for name in names:
+                if name not in place or index[place[name]] >= 0:
+                    what = "is in two groups" if name in place else "is no class of the data"
+                    raise ArgumentError(f"rule: expected every class in one group, but {name!r} {what}.")
+                index[place[name]] = group
+        if bool((index < 0).any()):
+            lost = self.class_names[int((index < 0).nonzero()[0])]
+            raise ArgumentError(f"rule: expected every class in one group, but {lost!r} is in none.")
+        return ClassGroups(tuple(rule), index, "groups given by class names")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

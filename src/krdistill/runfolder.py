@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 
 from . import __version__
-from .config import RunConfig, difference, dump_config
+from .config import RunConfig, difference, dump_config, parse_yaml, read_text, validate
 from .distributed import World
-from .errors import RunFolderError
+from .errors import ConfigError, RunFolderError
 from .files import disk_errors, half_written, locked, read_json, remove_half_written, replacing, write_json, write_text
 
 CONFIG, PROVENANCE, SPLIT, LOG = "config.yaml", "provenance.json", "split.json", "log.jsonl"
@@ -29,6 +28,7 @@ METRICS, PREDICTIONS, DIAGNOSIS, PROFILE = "metrics.json", "predictions.npz", "d
 DONE, ONNX, EXPORT, REPORT, BANK = "done.json", "student.onnx", "export.json", "report.html", "bank"
 LOCK, OWNER, CHECKPOINTS = "run.lock", "owner.json", "checkpoints"
 
+_PACKAGES = ("numpy", "scipy", "scikit-learn", "pillow", "torchvision", "timm", "transformers", "onnxruntime")
 _SEAL = b"sha256 "
 _SEAL_BYTES = len(_SEAL) + 64 + 1
 
@@ -85,10 +85,10 @@ def _refuse_others(path: Path, config: RunConfig) -> None:
     known = path / CONFIG
     if known.is_file():
         try:
-            old = yaml.safe_load(known.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            old = parse_yaml(read_text(known), str(known))
+        except ConfigError as error:
             raise RunFolderError(f"{known} is damaged ({error}); choose another folder with --out.") from None
-        lines = difference(old, config.as_dict())
+        lines = difference(_completed(old), config.as_dict())
         if lines:
             shown = "\n  ".join(lines[:12]) + ("\n  ..." if len(lines) > 12 else "")
             raise RunFolderError(
@@ -97,6 +97,14 @@ def _refuse_others(path: Path, config: RunConfig) -> None:
             )
     elif path.exists() and (not path.is_dir() or not all(map(_first_traces, path.iterdir()))):
         raise RunFolderError(f"{path} exists and is no run folder. Choose another one with --out.")
+
+
+def _completed(stored: Any) -> Any:
+    """A stored configuration with the defaults of keys that are newer than it; what is no configuration stays."""
+    try:
+        return validate(RunConfig, stored).as_dict()
+    except ConfigError:
+        return stored
 
 
 def _first_traces(path: Path) -> bool:
@@ -142,7 +150,7 @@ class RunFolder:
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished training left behind, or None."""
         marker = self.part(stage) / DONE
-        return read_json(marker) if marker.is_file() else None
+        return _record(marker) if marker.is_file() else None
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Marks a training as finished; its checkpoints are not needed any more."""
@@ -198,7 +206,7 @@ class RunFolder:
         for path in there:
             try:
                 state = _load_sealed(path)
-            except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+            except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
                 problems.append(f"{path} is damaged ({error})")
                 self._damaged.add(path)
                 continue
@@ -252,10 +260,25 @@ class RunFolder:
 
     def provenance(self) -> dict[str, Any]:
         path = self.path / PROVENANCE
-        return read_json(path) if path.is_file() else {}
+        return _record(path) if path.is_file() else {}
 
     def note_provenance(self, **facts: Any) -> None:
         self.write_json(PROVENANCE, {**self.provenance(), **facts})
+
+    def note_environment(self, now: dict[str, Any], inputs: Mapping[str, str]) -> None:
+        """Notes what a run's numbers depend on (:func:`environment`), and the checksums of the files it names.
+
+        What was otherwise when earlier parts were made stays, as ``earlier``. Of a run that has its numbers, all stays.
+        """
+        old = self.provenance()
+        if (self.path / METRICS).is_file():
+            self.note_provenance(**{k: v for k, v in now.items() if k not in old})
+            return
+        now = {**now, "inputs": dict(inputs)}
+        moved = {k: old[k] for k, v in now.items() if k != "started" and old.get(k, v) != v}
+        if moved:
+            now["earlier"] = [*old.get("earlier", []), moved]
+        self.note_provenance(**{**now, "started": old.get("started", now["started"])})
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes plain data into the folder, whole."""
@@ -270,6 +293,16 @@ class RunFolder:
         seconds = dict(self.provenance().get("seconds", {}))
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
         self.note_provenance(seconds=seconds)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged ({error}). Delete it; what it speaks of is done again.") from None
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{path} is damaged. Delete it; what it speaks of is done again.")
+    return found
 
 
 class _Hashing:
@@ -311,19 +344,30 @@ def _load_sealed(path: Path) -> dict[str, Any]:
     return state
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's numbers depend on besides its configuration."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What a run's numbers depend on besides its configuration, its data and the files that it names."""
     return {
         "krdistill": __version__,
         "git": _git_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {name: found for name in _PACKAGES if (found := _installed(name)) is not None},
         "platform": platform.platform(),
         "processor": _processor(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git_hash() -> str | None:

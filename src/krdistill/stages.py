@@ -15,12 +15,13 @@ from .bank.answers import Answers
 from .bank.external import ExternalAnswers
 from .config import DataConfig, GroupRule, TrainConfig
 from .data import DataBundle, load_data
-from .data.augment import Compose, Cutout, RandomCrop, TrivialAugmentWide
-from .data.containers import ImageData
+from .data.augment import Augmentation, Compose, Cutout, RandomCrop, TrivialAugmentWide, WordDropout
+from .data.containers import Examples, ImageData
 from .distributed import World, broadcast
 from .errors import DataError, KrdistillError, ModelError
 from .evaluation import evaluate_predictions
 from .events import Events
+from .kinds import NOUNS, as_batch, as_rows
 from .models.experts import Experts
 from .models.network import Network, build_network
 from .models.reuse import reuse_classifier
@@ -163,6 +164,8 @@ def fit(
             if best is None or scores["top1"] > best["top1"]:
                 best = {"epoch": record.epoch, "top1": scores["top1"], "chosen_on": judged_on}
         events.epoch(stage, line)
+        if record.skipped:
+            events.note(f"{stage}, epoch {record.epoch}: {record.skipped} steps left out. {record.skipped_words}")
         if store is not None:
             store.log(line)
     trainer.finish()
@@ -203,7 +206,7 @@ def train_teacher(
 ) -> Trained:
     """Trains a teacher from labels alone."""
     device = device or best_device("auto")
-    network = build_network(model, class_names=data.train.class_names, head=head, images=data.train.images, seed=seed)
+    network = build_network(model, class_names=data.train.class_names, head=head, images=data.train.inputs, seed=seed)
     term = classification_term(classification, prior, label_smoothing=train.label_smoothing)
     task = Task(network, Objective([term]))
     record = fit(
@@ -224,9 +227,9 @@ def profile_teacher(
     device = device or best_device("auto")
     _, features = collect_outputs(teacher, data.train, device=device, world=world)
     if data.val is not None:
-        views, words = data.val, "validation images"
+        views, words = data.val, f"validation {NOUNS[data.val.kind]}"
     else:
-        views, words = _augmented(data.train, seed), "training images under crop, TrivialAugment and a hole"
+        views, words = _augmented(data.train, seed)
     limit = max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes)
     if len(views.labels) > limit:
         views = views.subset(_evenly(len(views.labels), limit))
@@ -245,7 +248,7 @@ def profile_answers(answers: ExternalAnswers, data: DataBundle) -> TeacherProfil
     return _profile(answers.train.feature, data.train, logits[kept], labels[kept], words)
 
 
-def _profile(features: Tensor, train: ImageData, logits: Tensor, labels: Tensor, words: str) -> TeacherProfile:
+def _profile(features: Tensor, train: Examples, logits: Tensor, labels: Tensor, words: str) -> TeacherProfile:
     if features.shape[1]:
         means = class_means(features, train.labels, train.num_classes)
     else:
@@ -445,7 +448,7 @@ def rectified_answers(
 
 def evaluate_network(
     network: torch.nn.Module,
-    data: ImageData,
+    data: Examples,
     groups: ClassGroups,
     *,
     device: torch.device | None = None,
@@ -461,15 +464,21 @@ def _evenly(n: int, limit: int) -> Tensor:
     return torch.arange(n) if n <= limit else torch.linspace(0, n - 1, limit).round().long()
 
 
-def _augmented(data: ImageData, seed: int) -> ImageData:
-    """Every image once, under an augmentation stronger than the training's."""
-    side = data.image_size[0]  # no flip: it would change the class of digits and characters
-    augment = Compose((RandomCrop(side // 8), TrivialAugmentWide(), Cutout(side // 2)))
+def _augmented(data: Examples, seed: int) -> tuple[Examples, str]:
+    """Every example once, under an augmentation stronger than the training's, and what was done in words."""
+    augment: Augmentation
+    if isinstance(data, ImageData):
+        side = data.image_size[0]  # no flip: it would change the class of digits and characters
+        augment = Compose((RandomCrop(side // 8), TrivialAugmentWide(), Cutout(side // 2)))
+        words = "training images under crop, TrivialAugment and a hole"
+    elif data.kind == "text":
+        augment, words = WordDropout(0.3), "training sentences without three tenths of their words"
+    else:
+        return data, "training rows as they are"
     parts = []
     for index in torch.arange(len(data.labels)).split(1024):
-        images = data.images[index].permute(0, 3, 1, 2)
-        parts.append(augment(images, index, seed=seed, epoch=0).permute(0, 2, 3, 1))
-    return replace(data, images=torch.cat(parts).contiguous(), name=f"{data.name}, augmented")
+        parts.append(as_rows(augment(as_batch(data.inputs[index]), index, seed=seed, epoch=0)))
+    return replace(data, inputs=torch.cat(parts).contiguous(), name=f"{data.name}, augmented"), words
 
 
 def _log_line(stage: str, record: EpochRecord, groups: ClassGroups) -> dict[str, Any]:
@@ -482,6 +491,8 @@ def _log_line(stage: str, record: EpochRecord, groups: ClassGroups) -> dict[str,
         "loss": record.loss,
         "train_accuracy": record.train_accuracy,
     }
+    if record.skipped:
+        line["skipped"] = record.skipped
     if "corrected" in record.stats:
         line["correction_rate"] = groups.mean_over(torch.tensor(record.stats["corrected"], dtype=torch.float64))
     return line

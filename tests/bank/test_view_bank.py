@@ -122,7 +122,7 @@ def test_more_views_are_added_and_the_first_stay(tmp_path: Path) -> None:
     [
         lambda: {"teacher": _teacher(seed=1)},
         lambda: {"data": DATA.subset(torch.arange(len(DATA)).flip(0))},
-        lambda: {"data": replace(DATA, images=DATA.images // 2)},
+        lambda: {"data": replace(DATA, inputs=DATA.images // 2)},
         lambda: {"augment": _augment("crop-only")},
         lambda: {"seed": 4},
         lambda: {"coding": Coding(10, 32, top_k=3)},

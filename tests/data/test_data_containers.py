@@ -33,9 +33,9 @@ def test_properties() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.zeros(4, 6, 6, 1)}, "uint8 of shape .*got float32"),
-        ({"images": torch.zeros(4, 6, 6, dtype=torch.uint8)}, "got uint8 of shape"),
-        ({"images": torch.zeros(0, 6, 6, 1, dtype=torch.uint8)}, "at least one image"),
+        ({"inputs": torch.zeros(4, 6, 6, 1)}, "uint8 of shape .*got float32"),
+        ({"inputs": torch.zeros(4, 6, 6, dtype=torch.uint8)}, "got uint8 of shape"),
+        ({"inputs": torch.zeros(0, 6, 6, 1, dtype=torch.uint8)}, "at least one image"),
         ({"labels": torch.zeros(4)}, "int64 of shape"),
         ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, "int64 of shape"),
         ({"labels": torch.tensor([0, 1, 2])}, "4 images, 3 labels and 4 ids"),
@@ -49,7 +49,7 @@ def test_properties() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
-        "images": torch.zeros(4, 6, 6, 1, dtype=torch.uint8),
+        "inputs": torch.zeros(4, 6, 6, 1, dtype=torch.uint8),
         "labels": torch.tensor([0, 1, 2, 0]),
         "class_names": ("a", "b", "c"),
         "ids": ("1", "2", "3", "4"),

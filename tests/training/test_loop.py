@@ -59,7 +59,8 @@ def _distilled(name: str = "krdistill", seed: int = 0) -> Task:
     )
     entry = recipe(name)
     context = ObjectiveContext(prior, prior.groups("thirds"), networks[1].feature_dim, profile)
-    objective = entry.build(entry.resolve({}), context)
+    full = {"prior": "label", "correction": "lift", "rectify": "blend"} if name == "krdistill" else {}
+    objective = entry.build(entry.resolve(full), context)
     return Task(networks[1], objective, Teacher(networks[0], class_names=data.class_names))
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..data.augment import Augmentation
-from ..data.containers import ImageData
+from ..data.containers import Examples
 from ..distributed import World, barrier, broadcast, first_then_all
 from ..files import locked, read_json, write_json
+from ..kinds import as_batch
 from ..outputs import Outputs
 from .coding import Coding
 from .store import CARD, CHUNK, DONE, MARKS, BankError, BankKey, ViewBank, checksum, free_bytes, open_bank
@@ -29,7 +30,7 @@ _RESERVE = 256 * 2**20  # left free on the disk
 
 def build_bank(
     teacher: nn.Module,
-    data: ImageData,
+    data: Examples,
     augment: Augmentation,
     *,
     views: int,
@@ -77,7 +78,7 @@ def build_bank(
         with _writer(folder, coding, marks, key.rows) as write:
             for done, (view, chunk) in enumerate(todo):
                 rows = torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, key.rows))
-                images = data.images[rows[0] : rows[-1] + 1].to(device).permute(0, 3, 1, 2)
+                images = as_batch(data.inputs[rows[0] : rows[-1] + 1].to(device))
                 with torch.no_grad():
                     outputs = teacher(augment(images, rows, seed=seed, epoch=view))
                 write(view, chunk, outputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.containers import DataBundle, ImageData
+from ..data.containers import DataBundle, Examples
 from ..errors import DataError, ModelError
+from ..files import read_arrays
 from ..models.teacher import class_order
 from ..outputs import Outputs
 from .answers import Answers
@@ -106,7 +106,7 @@ def load_answers(path: Path, data: DataBundle) -> ExternalAnswers:
 
 
 def _select(
-    path: Path, part: str, images: ImageData, place: dict[str, int], answers: Tensor, features: Tensor | None
+    path: Path, part: str, images: Examples, place: dict[str, int], answers: Tensor, features: Tensor | None
 ) -> Outputs | None:
     lost = [name for name in images.ids if name not in place]
     if lost and (part == "train" or len(lost) < len(images)):
@@ -142,8 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str], Sequence[str] | None]:
         raise DataError(f"No file {str(path)!r} of stored answers.")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+            arrays = read_arrays(path)
             texts = {name: arrays.pop(name).tolist() for name in ("ids", "class_names") if name in arrays}
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as stored:
@@ -151,7 +150,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str], Sequence[str] | None]:
                 texts = {name: json.loads(text) for name, text in (stored.metadata() or {}).items() if name in _TEXTS}
         else:
             raise DataError(f"{path}: expected a .npz or .safetensors file of stored answers.")
-    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
+    except (ValueError, OSError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read as stored answers: {error}.") from None

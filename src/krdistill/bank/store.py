@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.augment import Augmentation
-from ..data.containers import ImageData
+from ..data.containers import Examples
 from ..errors import KrdistillError
 from ..files import read_json
+from ..kinds import as_batch
 from ..outputs import Outputs
 from .answers import Answers
 from .coding import Coding
@@ -65,9 +66,9 @@ class BankKey:
     coding: Coding
 
     @classmethod
-    def of(cls, teacher: nn.Module, data: ImageData, augment: Augmentation, seed: int, coding: Coding) -> BankKey:
+    def of(cls, teacher: nn.Module, data: Examples, augment: Augmentation, seed: int, coding: Coding) -> BankKey:
         index = torch.arange(min(_PROBE, len(data)))
-        images = data.images[: len(index)].cpu().permute(0, 3, 1, 2)
+        images = as_batch(data.inputs[: len(index)].cpu())
         digest = hashlib.sha256()
         for view in (0, 1):
             digest.update(augment(images, index, seed=seed, epoch=view).contiguous().numpy().data)

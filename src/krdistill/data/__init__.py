@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .containers import DataBundle as DataBundle
+    from .containers import Examples as Examples
+    from .containers import FeatureData as FeatureData
     from .containers import ImageData as ImageData
     from .containers import LoadedImages as LoadedImages
+    from .containers import TextData as TextData
     from .downloading import download as download
     from .inspection import inspect_data as inspect_data
     from .long_tail import largest_n_max as largest_n_max
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from .splits import load_data as load_data
 
 _HOME = {
-    "containers": ("DataBundle", "ImageData", "LoadedImages"),
+    "containers": ("DataBundle", "Examples", "FeatureData", "ImageData", "LoadedImages", "TextData"),
     "downloading": ("download",),
     "inspection": ("inspect_data",),
     "long_tail": ("largest_n_max", "long_tail_counts", "long_tail_indices"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy.typing as npt
 import torch
 
 from ..errors import ArgumentError, DataError, MissingDependencyError
+from ..files import read_arrays
+from ..priors import MOST_CLASSES
 from .containers import ImageData, first_few
 from .decoding import decode, read_headers, unreadable_message
 from .listing import common_size, number_labels, part_of
@@ -41,12 +42,11 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[dict[str, ImageData], list[s
     if not file.is_file():
         raise DataError(f"{file} is not there; expected a NumPy archive with {_KEYS}.")
     try:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(f"{file.name} holds a single array; expected an archive (numpy.savez) with {_KEYS}.")
-        with archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with file.open("rb") as opened:
+            if opened.read(6) == b"\x93NUMPY":
+                raise DataError(f"{file.name} holds a single array; expected an archive (numpy.savez) with {_KEYS}.")
+        arrays = read_arrays(file)
+    except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         what = (
@@ -81,6 +81,8 @@ def load_npz(path: str | os.PathLike[str]) -> tuple[dict[str, ImageData], list[s
                 raise ArgumentError(f"expected labels as whole numbers, got {column['labels'].dtype}.")
         if names is None:
             K = 1 + max((int(c["labels"].max()) for c in columns.values() if c["labels"].size), default=0)
+            if K > MOST_CLASSES:
+                raise ArgumentError(f"expected labels below {MOST_CLASSES:,}, counted from 0, got {K - 1:,}.")
             classes = [str(k) for k in range(K)]
         else:
             classes = [str(name) for name in names]

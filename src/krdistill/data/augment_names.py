@@ -11,6 +11,14 @@ AUGMENTATIONS = {
 }
 
 
-def list_augmentations() -> dict[str, str]:
-    """Every augmentation that :func:`krdistill.data.augment.build_augmentation` knows: name to what it does."""
-    return dict(AUGMENTATIONS)
+OF_KIND: dict[str, dict[str, str]] = {
+    "image": AUGMENTATIONS,
+    "text": {"none": "sentences as they are", "word-dropout": "every word left out with a probability of 0.1"},
+    "features": {"none": "rows as they are"},
+}
+
+
+def list_augmentations(kind: str = "image") -> dict[str, str]:
+    """Every augmentation that :func:`krdistill.data.augment.build_augmentation` knows for a kind of examples
+    (``image``, ``text``, ``features``): name to what it does."""
+    return dict(OF_KIND[kind])

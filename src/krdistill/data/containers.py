@@ -1,4 +1,4 @@
-"""Data sets: :class:`ImageData` is one part of one, :class:`DataBundle` a training and a test part."""
+"""Data sets: :class:`Examples` is one part of one, :class:`DataBundle` a training and a test part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,32 +15,37 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, DataError
+from ..kinds import NOUNS, Kind
 from .cache import MappedImages
 from .decoding import pixels_of
 
 _CHUNK = 4096
 
+E = TypeVar("E", bound="Examples")
+
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
-    """Labelled images, in memory or memory-mapped.
+class Examples:
+    """Labelled examples of one kind, in memory or memory-mapped; what :class:`ImageData`, :class:`FeatureData` and
+    :class:`TextData` share.
 
     Attributes:
-        images: uint8, shape ``(N, H, W, C)``, at least one; of a data set larger than memory a
-            :class:`~krdistill.data.cache.MappedImages`, of which some rows at a time should be taken.
+        inputs: the rows, N of them (:mod:`krdistill.kinds`).
         labels: int64, shape ``(N,)``, in ``[0, K)``.
         class_names: K distinct names, in the order of the labels.
-        ids: one text per image that says which one it is: a file's path under the data's root, or part and upstream
+        ids: one text per row that says which one it is: a file's path under the data's root, or part and upstream
             row, such as ``train/123``.
         name: name of the data set.
-        units: one text per image, where some belong together (a patient, near-duplicates): images with the same text
+        units: one text per row, where some belong together (a patient, near-duplicates): rows with the same text
             are never parted by a split. None where each is on its own.
 
     Raises:
         ArgumentError: shapes, dtypes, labels, names or ids that do not fit each other.
     """
 
-    images: Tensor
+    kind: ClassVar[Kind]
+
+    inputs: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
@@ -50,20 +55,17 @@ class ImageData:
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "ids", tuple(map(str, self.ids)))
-        images, labels, K = self.images, self.labels, len(self.class_names)
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
-            raise ArgumentError(f"Expected images to be uint8 of shape (N, H, W, C), got {_describe(images)}.")
-        if 0 in images.shape:
-            raise ArgumentError(f"Expected at least one image with pixels, got shape {tuple(images.shape)}.")
+        rows, labels, K, noun = self.inputs, self.labels, len(self.class_names), NOUNS[self.kind]
+        self._check_inputs()
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
             raise ArgumentError(f"Expected labels to be int64 of shape (N,), got {_describe(labels)}.")
-        if not len(images) == len(labels) == len(self.ids):
+        if not len(rows) == len(labels) == len(self.ids):
             raise ArgumentError(
-                f"Expected as many labels and ids as images, got {len(images)} images, {len(labels)} labels and "
+                f"Expected as many labels and ids as {noun}, got {len(rows)} {noun}, {len(labels)} labels and "
                 f"{len(self.ids)} ids."
             )
         if self.units is not None and len(self.units) != len(labels):
-            raise ArgumentError(f"Expected as many units as images, got {len(self.units)} for {len(labels)} images.")
+            raise ArgumentError(f"Expected as many units as {noun}, got {len(self.units)} for {len(labels)} {noun}.")
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if K == 0 or twice or not all(isinstance(name, str) and name for name in self.class_names):
             raise ArgumentError(
@@ -73,32 +75,31 @@ class ImageData:
         if low < 0 or high >= K:
             raise ArgumentError(f"Expected labels from 0 to {K - 1} for {K} class names, got {low} to {high}.")
 
+    def _check_inputs(self) -> None:
+        raise NotImplementedError
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        H, W = self.image_size
-        return f"ImageData({self.name!r}, {len(self)} images, {H}x{W}x{self.channels}, {self.num_classes} classes)"
+        words = (repr(self.name), f"{len(self)} {NOUNS[self.kind]}", self.shape, f"{self.num_classes} classes")
+        return f"{type(self).__name__}({', '.join(filter(None, words))})"
+
+    @property
+    def shape(self) -> str:
+        """What every row looks like, in words for a person: ``32x32x3``, ``of 64 numbers``; empty of sentences."""
+        return ""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.images.shape[1], self.images.shape[2]
-
-    @property
-    def channels(self) -> int:
-        return self.images.shape[3]
-
     def counts(self) -> Tensor:
-        """Images per class, shape ``(K,)``, int64; a class without images has 0."""
+        """Rows per class, shape ``(K,)``, int64; a class without any has 0."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
     def checksum(self) -> str:
-        """SHA-256 over labels, class names, ids and every image's own SHA-256, in hexadecimal; computed once.
+        """SHA-256 over labels, class names, ids and every row's own SHA-256, in hexadecimal; computed once.
 
         Of memory-mapped images these are the ones noted when they were decoded: nothing is read again, and the result
         is that of the same images in memory.
@@ -107,20 +108,20 @@ class ImageData:
 
     @cached_property
     def _checksum(self) -> str:
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest = hashlib.sha256(repr(tuple(self.inputs.shape)).encode())
         _hash_texts(digest, self.class_names)
         _hash_texts(digest, self.ids)
         digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
-        if isinstance(self.images, MappedImages):
-            digest.update(self.images.row_digests())
+        if isinstance(self.inputs, MappedImages):
+            digest.update(self.inputs.row_digests())
         else:
-            for rows in self.images.split(_CHUNK):
-                for image in rows.cpu().contiguous().numpy():
-                    digest.update(hashlib.sha256(image.data).digest())
+            for rows in self.inputs.split(_CHUNK):
+                for row in rows.cpu().contiguous().numpy():
+                    digest.update(hashlib.sha256(row.data).digest())
         return digest.hexdigest()
 
-    def subset(self, index: Tensor | npt.ArrayLike) -> ImageData:
-        """The images at these rows, in this order; of memory-mapped images none is read.
+    def subset(self: E, index: Tensor | npt.ArrayLike) -> E:
+        """The examples at these rows, in this order; of memory-mapped images none is read.
 
         Args:
             index: row numbers, or a mask of N truth values.
@@ -131,27 +132,24 @@ class ImageData:
         rows = _positions(index, len(self), "rows")
         return self._at(rows)
 
-    def _at(self, rows: Tensor) -> ImageData:
+    def _at(self: E, rows: Tensor) -> E:
         index = rows.tolist()
         return replace(
             self,
-            images=self._images_at(rows),
+            inputs=self.inputs.select_rows(rows) if isinstance(self.inputs, MappedImages) else self.inputs[rows],
             labels=self.labels[rows],
             ids=tuple(self.ids[i] for i in index),
             units=None if self.units is None else tuple(self.units[i] for i in index),
         )
 
-    def _images_at(self, rows: Tensor) -> Tensor:
-        return self.images.select_rows(rows) if isinstance(self.images, MappedImages) else self.images[rows]
-
-    def keep_classes(self, kept: Tensor | npt.ArrayLike) -> ImageData:
-        """Only the images of these classes, which become classes 0, 1, ... in the order given.
+    def keep_classes(self: E, kept: Tensor | npt.ArrayLike) -> E:
+        """Only the examples of these classes, which become classes 0, 1, ... in the order given.
 
         Args:
             kept: class numbers, or a mask of K truth values.
 
         Raises:
-            ArgumentError: a class that does not exist or is named twice, or no image left.
+            ArgumentError: a class that does not exist or is named twice, or no example left.
         """
         classes = _positions(kept, self.num_classes, "classes")
         if len(classes.unique()) != len(classes):
@@ -167,6 +165,74 @@ class ImageData:
         return replace(
             self._at(rows), labels=labels[rows], class_names=tuple(self.class_names[k] for k in classes.tolist())
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureData(Examples):
+    """Labelled vectors: ``inputs`` is float32, shape ``(N, D)``, every number finite."""
+
+    kind: ClassVar[Kind] = "features"
+    name: str = "features"
+
+    def _check_inputs(self) -> None:
+        rows = self.inputs
+        if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2 or 0 in rows.shape:
+            raise ArgumentError(f"Expected vectors to be float32 of shape (N, D), got {_describe(rows)}.")
+        if not bool(rows.isfinite().all()):
+            bad = torch.nonzero(~rows.isfinite().all(1)).flatten().tolist()
+            raise ArgumentError(
+                f"Expected finite numbers, got NaN or infinity in {len(bad):,} rows: {first_few(map(str, bad))}."
+            )
+
+    @property
+    def shape(self) -> str:
+        return f"of {self.inputs.shape[1]} numbers"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TextData(Examples):
+    """Labelled sentences: ``inputs`` is uint8, shape ``(N, L)``, their UTF-8 bytes with zeros behind them
+    (:func:`krdistill.kinds.encode_texts`)."""
+
+    kind: ClassVar[Kind] = "text"
+    name: str = "sentences"
+
+    def _check_inputs(self) -> None:
+        rows = self.inputs
+        if not isinstance(rows, Tensor) or rows.dtype != torch.uint8 or rows.ndim != 2 or 0 in rows.shape:
+            raise ArgumentError(f"Expected sentences as bytes, uint8 of shape (N, L), got {_describe(rows)}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData(Examples):
+    """Labelled images: ``inputs``, also called ``images``, is uint8, shape ``(N, H, W, C)``; of a data set larger than
+    memory a :class:`~krdistill.data.cache.MappedImages`, of which some rows at a time should be taken."""
+
+    kind: ClassVar[Kind] = "image"
+
+    def _check_inputs(self) -> None:
+        images = self.inputs
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            raise ArgumentError(f"Expected images to be uint8 of shape (N, H, W, C), got {_describe(images)}.")
+        if 0 in images.shape:
+            raise ArgumentError(f"Expected at least one image with pixels, got shape {tuple(images.shape)}.")
+
+    @property
+    def images(self) -> Tensor:
+        return self.inputs
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.inputs.shape[1], self.inputs.shape[2]
+
+    @property
+    def channels(self) -> int:
+        return self.inputs.shape[3]
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, self.inputs.shape[1:]))
 
     @classmethod
     def from_arrays(
@@ -261,15 +327,15 @@ class LoadedImages(NamedTuple):
         notes: what the reader should know, such as files that were left out.
     """
 
-    train: ImageData
-    test: ImageData
-    val: ImageData | None = None
+    train: Examples
+    test: Examples
+    val: Examples | None = None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
 class DataBundle:
-    """The images of a run: training, test and, where there is one, validation part.
+    """The examples of a run, all of one kind: training, test and, where there is one, validation part.
 
     Attributes:
         train: what the networks are trained on.
@@ -280,12 +346,12 @@ class DataBundle:
             ``checksum`` (see :func:`split_checksum`) are always filled in here.
 
     Raises:
-        ArgumentError: parts with different classes or image shapes.
+        ArgumentError: parts with different classes, kinds or shapes of rows.
     """
 
-    train: ImageData
-    test: ImageData
-    val: ImageData | None = None
+    train: Examples
+    test: Examples
+    val: Examples | None = None
     name: str = ""
     split: dict[str, Any] = field(default_factory=dict)
 
@@ -299,10 +365,14 @@ class DataBundle:
                     f"Expected {label} to have the classes of train, in the same order; "
                     f"{_first_difference(self.train.class_names, part.class_names)}."
                 )
-            if part.images.shape[1:] != self.train.images.shape[1:]:
+            if part.kind != self.train.kind:
                 raise ArgumentError(
-                    f"Expected {label} images of shape {tuple(self.train.images.shape[1:])} as in train, "
-                    f"got {tuple(part.images.shape[1:])}."
+                    f"Expected {label} to be {NOUNS[self.train.kind]} as in train, got {NOUNS[part.kind]}."
+                )
+            if part.kind != "text" and part.inputs.shape[1:] != self.train.inputs.shape[1:]:
+                raise ArgumentError(
+                    f"Expected {label} {NOUNS[part.kind]} of shape {tuple(self.train.inputs.shape[1:])} as in train, "
+                    f"got {tuple(part.inputs.shape[1:])}."
                 )
         parts = {"train": self.train, "val": self.val, "test": self.test}
         self.split = {
@@ -370,7 +440,7 @@ class DataBundle:
         return cls(train=parts[0], test=parts[1], name=name)
 
 
-def split_checksum(train: ImageData, val: ImageData | None, test: ImageData) -> str:
+def split_checksum(train: Examples, val: Examples | None, test: Examples) -> str:
     """SHA-256 over the ids and labels of train, validation and test part, in order: two splits with the same checksum
     have the same images under the same labels in the same rows."""
     digest = hashlib.sha256()

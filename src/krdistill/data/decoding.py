@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ImageFile = Path | bytes
 """A file by its path, or its content."""
 
+# Those of the suffixes that are read; not EPS, for which Pillow starts Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -192,7 +194,7 @@ def resize_images(data: ImageData, side: int) -> ImageData:
     for i, array in enumerate(data.images.numpy()):
         image = fit(Image.fromarray(array.squeeze(2) if data.channels == 1 else array), (side, side))
         pixels[i] = np.asarray(image).reshape(pixels.shape[1:])
-    return replace(data, images=torch.from_numpy(pixels))
+    return replace(data, inputs=torch.from_numpy(pixels))
 
 
 def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -229,7 +231,7 @@ def _decode_one(path: ImageFile, size: tuple[int, int], channels: int, resize: b
 
 
 def _open(file: ImageFile) -> Image.Image:
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS)
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:

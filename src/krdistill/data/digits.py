@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from ..errors import MissingDependencyError
-from .containers import ImageData, LoadedImages
+from .containers import FeatureData, ImageData, LoadedImages
 from .selection import choose
 
 _TEST_PER_CLASS = 50
@@ -30,13 +32,7 @@ def load_digits(*, test_seed: int = 0) -> LoadedImages:
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998;
     ``sklearn.datasets.load_digits``.
     """
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise MissingDependencyError(
-            "The digits come with scikit-learn, which is not installed: pip install 'krdistill[train]'."
-        ) from None
-    raw = datasets.load_digits()
+    raw = _upstream()
     pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     data = ImageData(
         torch.from_numpy(pixels),
@@ -47,3 +43,29 @@ def load_digits(*, test_seed: int = 0) -> LoadedImages:
     )
     chosen = choose(data, [_TEST_PER_CLASS] * 10, test_seed, "test")
     return LoadedImages(data.subset(~chosen), data.subset(chosen))
+
+
+def load_digit_features() -> FeatureData:
+    """The same digits as rows of 64 numbers, 0 to 16: how much of each of 8x8 fields is ink. No part is put aside.
+
+    Raises:
+        MissingDependencyError: scikit-learn is not installed.
+    """
+    raw = _upstream()
+    return FeatureData(
+        torch.from_numpy(raw.data.astype(np.float32)),
+        torch.from_numpy(raw.target.astype(np.int64)),
+        tuple(str(k) for k in range(10)),
+        tuple(f"digits/{i}" for i in range(len(raw.data))),
+        "digits-features",
+    )
+
+
+def _upstream() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise MissingDependencyError(
+            "The digits come with scikit-learn, which is not installed: pip install 'krdistill[train]'."
+        ) from None
+    return datasets.load_digits()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import http.client
+import lzma
 import os
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -199,7 +201,7 @@ def _unpack(archive: Path, target: Path) -> None:
                 _unpack_zip(archive, Path(place))
             else:
                 _unpack_tar(archive, Path(place))
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{archive} is damaged: {error}. Remove it and try again.") from error
         inner = Path(place) / target.name
         if not inner.is_dir():

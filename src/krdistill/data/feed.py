@@ -1,4 +1,4 @@
-"""Batches of images on the device that trains."""
+"""Batches of examples on the device that trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_integer
 from .cache import MappedImages
-from .containers import ImageData
+from .containers import Examples
 
 _COPY_BYTES = 64 * 2**20
 
@@ -24,7 +24,7 @@ class Feed:
     into pinned memory where the device is CUDA, from which they are copied without waiting.
 
     Args:
-        data: the images.
+        data: the examples.
         device: where batches are wanted.
         depth: batches that are read ahead, at least 1.
 
@@ -32,15 +32,16 @@ class Feed:
         ArgumentError: a wrong ``depth``.
     """
 
-    def __init__(self, data: ImageData, device: torch.device, *, depth: int = 4) -> None:
+    def __init__(self, data: Examples, device: torch.device, *, depth: int = 4) -> None:
         self.device = device
         self.depth = check_integer("depth", depth, at_least=1)
         self.labels = data.labels.to(device)
-        self._source = data.images
-        self._resident = _moved(data.images, device) if _fits(data.images, device) else None
+        self._source = data.inputs
+        self._resident = _moved(data.inputs, device) if _fits(data.inputs, device) else None
 
     def run(self, batches: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-        """For each batch of row numbers ``(B,)``: rows, uint8 images ``(B, H, W, C)``, labels, all on the device.
+        """For each batch of row numbers ``(B,)``: rows, the examples as the data set has them (images uint8
+        ``(B, H, W, C)``), labels, all on the device.
 
         Where a thread reads ahead, it draws from ``batches`` too. It ends with the iterator, when that is closed early
         as well; what goes wrong in it is raised here.
@@ -85,7 +86,7 @@ class Feed:
         """Rows and images in memory that the device can be given from."""
         pin = self.device.type == "cuda"
         rows, source = batch.cpu(), self._source
-        images = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+        images = torch.empty((len(rows), *source.shape[1:]), dtype=source.dtype, pin_memory=pin)
         if isinstance(source, MappedImages):
             file, there = source.file.numpy(), images.numpy()
             for row, place in zip(*(part.tolist() for part in source.rows[rows].sort()), strict=True):
@@ -104,15 +105,15 @@ def _fits(images: Tensor, device: torch.device) -> bool:
         free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
         return not isinstance(images, MappedImages)
-    return images.numel() <= free / 3
+    return images.numel() * images.itemsize <= free / 3
 
 
 def _moved(images: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, made piece by piece; the images themselves where they are there."""
     if images.device == device and not isinstance(images, MappedImages):
         return images
-    there = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    rows = max(1, _COPY_BYTES // images[0].numel())
+    there = torch.empty(images.shape, dtype=images.dtype, device=device)
+    rows = max(1, _COPY_BYTES // (images[0].numel() * images.itemsize))
     for start in range(0, len(images), rows):
         there[start : start + rows] = images[start : start + rows].to(device)
     return there

@@ -15,14 +15,16 @@ import torch
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..kinds import NOUNS
 from ..priors import ClassPrior
 from .arrays import load_npz, open_hub
-from .containers import ImageData, LoadedImages
+from .containers import Examples, ImageData, LoadedImages
 from .decoding import ImageFile, decode, read_headers
 from .duplicates import difference_hashes, exact_duplicates, near_duplicates, thumbnails
 from .listing import bind, put_test_aside
-from .sources import is_path, list_files, load_images
+from .sources import is_path, list_files, load_images, load_rows
 from .splits import cut_loaded
+from .tables import same_rows
 
 _SIDE = 64  # what images are decoded to for their hashes; a JPEG of many megapixels is then decoded at an eighth
 _CHUNK = 128
@@ -43,7 +45,7 @@ class _Seen:
 
 
 def inspect_data(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Looks at every image of a source, and at the parts that a run with this configuration would have.
+    """Looks at every image, sentence or row of a source, and at the parts that a run of this configuration would have.
 
     Nothing stops at a file that is not there or cannot be read: such are counted, and stay in the counts of images
     unless ``on_unreadable`` is ``skip``. Image files are opened and decoded once, small; none is kept. Of lists
@@ -60,12 +62,17 @@ def inspect_data(config: DataConfig, on_progress: Callable[[int, int], None] | N
         ``colour`` (images); ``missing`` and ``unreadable`` (number and the first few); ``copies`` and
         ``near_duplicates`` (clusters, images beyond the first of each, clusters with several labels, clusters across
         two parts, and examples; see :mod:`krdistill.data.duplicates`); ``split_groups`` (groups, and those across two
-        parts); ``without_training`` and ``without_test`` (classes); ``unseen``; and ``notes``.
+        parts); ``without_training`` and ``without_test`` (classes); ``unseen``; ``notes``; and
+        ``noun``, what the examples are called. Of sentences and rows, ``copies`` are equal ones (in upper or lower
+        case), and what is said of image files is not there.
 
     Raises:
         DataError: a source that cannot be listed, or a cut that it cannot supply.
         ArgumentError: as :func:`krdistill.data.load_data`.
     """
+    rows_of = load_rows(config.source, config.root)
+    if rows_of is not None:
+        return _inspect_rows(*rows_of, config)
     name, classes, parts, files, notes = _open(config)
     seen = _Seen()
     total = sum(len(labels) for _, labels, _ in parts.values())
@@ -96,6 +103,7 @@ def inspect_data(config: DataConfig, on_progress: Callable[[int, int], None] | N
     labels_of = np.concatenate([labels for _, labels, _ in parts.values()])
     result: dict[str, Any] = {
         "name": name,
+        "noun": "images",
         "parts": {part: _part(values) for part, values in counts.items()},
         **_groups(counts, names, config),
         "sizes": [[W, H, n] for (H, W), n in Counter(s for s in seen.sizes if s is not None).most_common()],
@@ -122,6 +130,37 @@ def inspect_data(config: DataConfig, on_progress: Callable[[int, int], None] | N
         where: dict[str, set[str]] = {}
         for i, unit in owner.items():
             where.setdefault(unit, set()).add(of_row.get(i, ""))
+        result["split_groups"] = {"number": len(where), "across": _across(where.values())}
+    return result
+
+
+def _inspect_rows(parts: Mapping[str, Examples], notes: Sequence[str], config: DataConfig) -> dict[str, Any]:
+    """The same of sentences, or rows of numbers."""
+    bound, found = bind(parts, config.split_by)
+    bundle, notes = _parted(bound, config, [*notes, *found])
+    counts = {part: data.counts().tolist() for part, data in bundle.items()}
+    first, train = parts["train"], bundle["train"]
+    ids = [i for data in bundle.values() for i in data.ids]
+    place = [part for part, data in bundle.items() for _ in data.ids]
+    labels = np.concatenate([data.labels.numpy() for data in bundle.values()])
+    _, which = np.unique([row for data in bundle.values() for row in same_rows(data)], return_inverse=True)
+    result = {
+        "name": first.name,
+        "noun": NOUNS[first.kind],
+        "parts": {part: _part(values) for part, values in counts.items()},
+        **_groups(counts, train.class_names, config),
+        "sizes": [],
+        "copies": _copies(which, place, labels, ids),
+        "without_training": [c for c in first.class_names if c not in set(train.class_names)],
+        "without_test": [c for c, n in zip(train.class_names, counts.get("test", ()), strict=False) if not n],
+        "unseen": "",
+        "notes": notes,
+    }
+    if config.split_by == "group":
+        where: dict[str, set[str]] = {}
+        for part, data in bundle.items():
+            for unit in data.units or ():
+                where.setdefault(unit, set()).add(part)
         result["split_groups"] = {"number": len(where), "across": _across(where.values())}
     return result
 
@@ -157,7 +196,8 @@ def _open(
         data, notes = load_npz(source)
     else:
         train, test, val, found_notes = load_images(source, root=config.root, on_unreadable=config.on_unreadable)
-        data = {"train": train, "test": test, **({} if val is None else {"val": val})}
+        loaded = {"train": train, "test": test, "val": val}
+        data = {part: found for part, found in loaded.items() if isinstance(found, ImageData)}
         notes = list(found_notes)
     own: _Rows = {part: (d.ids, d.labels.numpy(), d.units) for part, d in data.items()}
     first = data["train"]
@@ -222,14 +262,20 @@ def _clusters(seen: _Seen, gone: set[int]) -> tuple[npt.NDArray[np.int64], npt.N
 
 
 def _split(
-    standing: Mapping[str, ImageData], config: DataConfig, notes: Sequence[str]
-) -> tuple[dict[str, ImageData], list[str]]:
+    standing: Mapping[str, Examples], config: DataConfig, notes: Sequence[str]
+) -> tuple[dict[str, Examples], list[str]]:
     """The parts of a run, and notes."""
     if config.split_by == "duplicates":  # their units are set
         bound = dict(standing)
     else:
         bound, found = bind(standing, config.split_by)
         notes = [*notes, *found]
+    return _parted(bound, config, notes)
+
+
+def _parted(
+    bound: Mapping[str, Examples], config: DataConfig, notes: Sequence[str]
+) -> tuple[dict[str, Examples], list[str]]:
     try:
         loaded = put_test_aside(bound, notes)
     except DataError as error:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from ..errors import ArgumentError, DataError
+from ..kinds import NOUNS
 from .cache import CACHE_ABOVE, Cache, build_cache, cache_key, cache_root, open_cache
-from .containers import ImageData, LoadedImages, first_few
+from .containers import Examples, ImageData, LoadedImages, first_few
 from .decoding import Header, decode, read_headers, unreadable_message
 from .selection import lot
 from .sources import CacheUse, SplitBy
@@ -296,7 +297,7 @@ def check_test_fraction(test_fraction: float | None, parts: Container[str], wher
 
 
 def finish(
-    parts: Mapping[str, ImageData],
+    parts: Mapping[str, Examples],
     notes: Sequence[str],
     split_by: SplitBy = "none",
     test_fraction: float | None = None,
@@ -324,7 +325,7 @@ def finish(
 
 
 def put_test_aside(
-    parts: Mapping[str, ImageData], notes: Sequence[str], test_fraction: float | None = None, test_seed: int = 0
+    parts: Mapping[str, Examples], notes: Sequence[str], test_fraction: float | None = None, test_seed: int = 0
 ) -> LoadedImages:
     """The second half of :func:`finish`: a test part where there is none, out of images whose units are settled."""
     notes, data = list(notes), parts["train"]
@@ -336,7 +337,7 @@ def put_test_aside(
     if not chosen.any():
         why = "no class has two images" if data.units is None else "no images that belong together can be spared"
         raise DataError(f"{data.name}: {why}, so there is nothing to test on. Add a test part.")
-    notes.append(f"{int(chosen.sum()):,} of {len(data):,} images were put aside as test part")
+    notes.append(f"{int(chosen.sum()):,} of {len(data):,} {NOUNS[data.kind]} were put aside as test part")
     single = [name for name, n in zip(data.class_names, counts, strict=True) if n == 1]
     if single:
         notes.append(f"no test image, since there is only one image: {first_few(single)}")
@@ -348,7 +349,7 @@ def put_test_aside(
     return LoadedImages(data.subset(~chosen), test, None, tuple(notes))
 
 
-def bind(parts: Mapping[str, ImageData], split_by: str) -> tuple[dict[str, ImageData], list[str]]:
+def bind(parts: Mapping[str, Examples], split_by: str) -> tuple[dict[str, Examples], list[str]]:
     """The first half of :func:`finish`: images with their units, and notes on units that lie in two parts already."""
     if split_by not in ("none", "group", "duplicates"):
         raise ArgumentError(f"Expected split_by to be 'none', 'group' or 'duplicates', got {split_by!r}.")
@@ -368,10 +369,7 @@ def bind(parts: Mapping[str, ImageData], split_by: str) -> tuple[dict[str, Image
                 raise DataError(f"{name}: {len(blank):,} images of {part} have no group: {first_few(blank)}. Name one.")
         bound = dict(parts)
     else:
-        from .duplicates import near_duplicates, picture_hashes
-
-        hashes = [picture_hashes(data.images) for data in parts.values()]
-        which = near_duplicates(*(np.concatenate(found) for found in zip(*hashes, strict=True))).tolist()
+        which = _duplicates(list(parts.values()))
         ids = [i for data in parts.values() for i in data.ids]
         bound, start = {}, 0
         for part, data in parts.items():
@@ -388,6 +386,19 @@ def bind(parts: Mapping[str, ImageData], split_by: str) -> tuple[dict[str, Image
         if both:
             notes.append(f"{len(both):,} images with near-duplicates in {one} and in {other}: {first_few(both)}")
     return bound, notes
+
+
+def _duplicates(parts: Sequence[Examples]) -> list[int]:
+    """For each row of all parts the first that it is a near-duplicate of; of other kinds than images, a copy of."""
+    if all(isinstance(data, ImageData) for data in parts):
+        from .duplicates import near_duplicates, picture_hashes
+
+        hashes = [picture_hashes(data.inputs) for data in parts]
+        return near_duplicates(*(np.concatenate(found) for found in zip(*hashes, strict=True))).tolist()
+    from .tables import same_rows
+
+    first: dict[str, int] = {}
+    return [first.setdefault(row, i) for i, row in enumerate(row for data in parts for row in same_rows(data))]
 
 
 def _joined(failures: dict[str, dict[int, str]], ids: dict[str, list[str]]) -> dict[int, str]:

@@ -6,6 +6,7 @@ import gzip
 import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..priors import MOST_CLASSES
 from .containers import first_few
 from .listing import PART_NAMES, ListedPart, Listing, part_of, val_as_test
 
+_LONGEST, _LONGEST_LINE = 2**30, 2**16  # characters; a few kilobytes may unpack to any number of them
 _SUFFIX = re.compile(r"\.txt(\.xz|\.gz)?$", re.IGNORECASE)
 _OPEN: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
@@ -111,10 +114,13 @@ def _text(file: Path) -> str:
     opener: Callable[..., Any] = _OPEN.get(file.suffix.lower(), open)
     try:
         with opener(file, "rt", encoding="utf-8-sig") as opened:
-            return str(opened.read())
+            text = str(opened.read(_LONGEST))
+            if len(text) == _LONGEST:
+                raise DataError(f"{file.name} holds {_LONGEST:,} characters or more; expected a list of images.")
+            return text
     except UnicodeDecodeError as error:
         raise DataError(f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
@@ -122,8 +128,8 @@ def _reads_as_list(file: Path) -> bool:
     opener: Callable[..., Any] = _OPEN.get(file.suffix.lower(), open)
     try:
         with opener(file, "rt", encoding="utf-8-sig") as opened:
-            words = opened.readline().rsplit(None, 1)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError):
+            words = opened.readline(_LONGEST_LINE).rsplit(None, 1)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error):
         return False
     return len(words) == 2 and words[1].isascii() and words[1].isdigit()
 
@@ -138,7 +144,7 @@ def _read(file: Path, notes: list[str]) -> tuple[list[str], np.ndarray]:
             repeated += 1
             continue
         seen.add(line)
-        if len(words) == 2 and words[1].isascii() and words[1].isdigit():
+        if len(words) == 2 and words[1].isascii() and words[1].isdigit() and len(words[1]) < 19:
             paths.append(words[0])
             labels.append(int(words[1]))
         elif words:
@@ -168,6 +174,8 @@ def _check_single(rows: dict[str, tuple[list[str], np.ndarray]]) -> None:
 
 def _class_names(paths: list[str], labels: np.ndarray) -> tuple[str, ...]:
     K = int(labels.max()) + 1
+    if K > MOST_CLASSES:
+        raise DataError(f"Expected labels below {MOST_CLASSES:,}, counted from 0, got {K - 1:,}.")
     if K < 2:
         raise DataError("Expected at least two classes, got one.")
     folders: dict[int, set[str]] = {}

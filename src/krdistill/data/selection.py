@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .containers import ImageData
+from .containers import Examples
 
 
-def choose(data: ImageData, per_class: Sequence[int], seed: int, purpose: str) -> Tensor:
+def choose(data: Examples, per_class: Sequence[int], seed: int, purpose: str) -> Tensor:
     """Marks ``per_class[k]`` images of every class k; where images belong together (``data.units``), about as many.
 
     Args:

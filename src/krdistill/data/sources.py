@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArgumentError, DataError, unknown_name
+from ..kinds import NOUNS, Kind
 
 if TYPE_CHECKING:
-    from .containers import ImageData, LoadedImages
+    from .containers import Examples, LoadedImages
     from .listing import Listing
 
 OnUnreadable = Literal["error", "skip"]
@@ -48,6 +49,8 @@ class SourceInfo:
         folder: the upstream folder under the data root; None where there are no files.
         files: what has to be in the folder, each with its md5 checksum where one is published.
         archive: what is downloaded; None where there is nothing to download.
+        kind: of its examples.
+        page: where its files are published, where they are no archive.
     """
 
     name: str
@@ -56,10 +59,13 @@ class SourceInfo:
     folder: str | None = None
     files: Mapping[str, str | None] = field(default_factory=dict)
     archive: Archive | None = None
+    kind: Kind = "image"
+    page: str | None = None
 
 
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
 _KRIZHEVSKY = 'Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009'
+_LARSON = 'Larson et al., "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction", EMNLP 2019'
 
 SOURCES: dict[str, SourceInfo] = {
     info.name: info
@@ -112,6 +118,57 @@ SOURCES: dict[str, SourceInfo] = {
                 "tiny-imagenet-200.zip",
                 "90528d7ca1a48142e341f4ef8d21d0de",
             ),
+        ),
+        SourceInfo(
+            name="digits-features",
+            description="the digits as rows of 64 numbers; comes with scikit-learn",
+            citation='Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998',
+            kind="features",
+        ),
+        SourceInfo(
+            name="banking77",
+            description="13,083 questions to a bank, 77 intents, 187 to 35 sentences each",
+            citation='Casanueva et al., "Efficient Intent Detection with Dual Sentence Encoders", 2020',
+            folder="text",
+            files=dict.fromkeys(("banking77_train.csv", "banking77_test.csv")),
+            kind="text",
+            page="https://github.com/PolyAI-LDN/task-specific-datasets",
+        ),
+        SourceInfo(
+            name="trec",
+            description="5,952 questions, 50 kinds of answers, 962 to 4 questions each",
+            citation='Li and Roth, "Learning Question Classifiers", COLING 2002',
+            folder="text",
+            files=dict.fromkeys(("trec_train_5500.label", "trec_TREC_10.label")),
+            kind="text",
+            page="https://cogcomp.seas.upenn.edu/Data/QA/QC/",
+        ),
+        SourceInfo(
+            name="hwu64",
+            description="11,036 requests to a home assistant, 64 intents, 175 to 35 sentences each; fold 1",
+            citation='Liu et al., "Benchmarking Natural Language Understanding Services", IWSDS 2019',
+            folder="text",
+            files=dict.fromkeys(("hwu64_fold1.tsv",)),
+            kind="text",
+            page="https://github.com/xliuhw/NLU-Evaluation-Data",
+        ),
+        SourceInfo(
+            name="clinc150",
+            description="22,500 requests to an assistant, 150 intents, 100 sentences each",
+            citation=_LARSON,
+            folder="text",
+            files=dict.fromkeys(("clinc150_data_full.json",)),
+            kind="text",
+            page="https://github.com/clinc/oos-eval",
+        ),
+        SourceInfo(
+            name="clinc150-imbalanced",
+            description="18,025 requests to an assistant, 150 intents, 100 to 25 sentences each",
+            citation=_LARSON,
+            folder="text",
+            files=dict.fromkeys(("clinc150_data_imbalanced.json",)),
+            kind="text",
+            page="https://github.com/clinc/oos-eval",
         ),
     )
 }
@@ -216,7 +273,7 @@ def locate(info: SourceInfo, root: str | os.PathLike[str] | None = None) -> Path
         DataError: the folder or one of its files is missing; the message holds the command that fetches it and says
             where to put it by hand.
     """
-    if info.folder is None or info.archive is None:
+    if info.folder is None:
         raise ArgumentError(f"{info.name} has no files of its own.")
     base = data_root(root)
     folder = base / info.folder
@@ -224,6 +281,11 @@ def locate(info: SourceInfo, root: str | os.PathLike[str] | None = None) -> Path
     if not missing:
         return folder
     what = f"{folder} does not exist" if not folder.is_dir() else f"{folder} lacks {', '.join(missing)}"
+    if info.archive is None:
+        raise DataError(
+            f"{info.name} is not at hand: {what}. Put {' and '.join(info.files)} there, from {info.page}. Another data "
+            "root is named by data.root or the environment variable KRDISTILL_DATA."
+        )
     raise DataError(
         f"{info.name} is not at hand: {what}. Run `krdistill data download {info.name} --root {base}`, or unpack "
         f"{info.archive.url} there by hand, so that {folder / next(iter(info.files))} exists. "
@@ -243,10 +305,12 @@ def load_images(
     cache: CacheUse = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedImages:
-    """Reads a data source whole, uncut.
+    """Reads a data source whole, uncut: images, sentences, or rows of numbers.
 
     Args:
-        source: ``digits``, ``cifar10``, ``cifar100``, ``tiny-imagenet``; or the path of a folder of images
+        source: a name of :data:`SOURCES`; or the path of a table or NumPy archive that holds sentences or numbers
+            itself (:func:`krdistill.data.tables.load_table`, :func:`krdistill.data.tables.load_features`), of a folder
+            of images
             (:func:`krdistill.data.folder.load_folder`), a manifest ``.csv``, ``.tsv`` or ``.parquet``
             (:func:`krdistill.data.manifest.list_manifest`), lists ``path label`` or their folder
             (:func:`krdistill.data.lists.list_lists`), a NumPy archive ``.npz``
@@ -283,6 +347,13 @@ def load_images(
         raise ArgumentError(f"Expected image_size to be a positive number of pixels, got {image_size!r}.")
     if on_unreadable not in ("error", "skip"):
         raise ArgumentError(f"Expected on_unreadable to be 'error' or 'skip', got {on_unreadable!r}.")
+    rows = load_rows(source, root)
+    if rows is not None:
+        noun = NOUNS[rows[0]["train"].kind]
+        if image_size is not None or cache == "always":
+            option = "image_size" if image_size is not None else "cache"
+            raise ArgumentError(f"{option} does not apply to {source}, which holds {noun}; leave data.{option} out.")
+        return finish(*rows, split_by, test_fraction, test_seed)
     if is_path(source):
         listing = list_files(source, root=root)
         if listing is not None:
@@ -301,9 +372,8 @@ def load_images(
         check_test_fraction(test_fraction, (), str(source))
         if Path(source).suffix.lower() == ".npz":
             parts, notes = arrays.load_npz(source)
-            parts = _resized(parts, image_size)
-        else:
-            parts, notes = arrays.load_hub(source, image_size=image_size, on_unreadable=on_unreadable)
+            return finish(_resized(parts, image_size), notes, split_by, test_fraction, test_seed)
+        parts, notes = arrays.load_hub(source, image_size=image_size, on_unreadable=on_unreadable)
         return finish(parts, notes, split_by, test_fraction, test_seed)
     info = source_info(str(source))
     if cache == "always":
@@ -322,9 +392,28 @@ def load_images(
     return finish(known, loaded.notes, split_by)
 
 
-def _resized(parts: dict[str, ImageData], image_size: int | None) -> dict[str, ImageData]:
+def load_rows(
+    source: str | os.PathLike[str], root: str | os.PathLike[str] | None
+) -> tuple[dict[str, Examples], list[str]] | None:
+    """The parts of a source of sentences or numbers; None of one of images."""
+    from . import digits, sentences, tables
+
+    if not is_path(source):
+        info = source_info(str(source))
+        if info.kind == "text":
+            return sentences.load_sentences(info.name, locate(info, root))
+        return ({"train": digits.load_digit_features()}, []) if info.kind == "features" else None
+    path = Path(source).expanduser()
+    kind = tables.kind_of_table(path)
+    if kind is None:
+        return None
+    return tables.load_features(path) if path.suffix.lower() == ".npz" else tables.load_table(path, kind)
+
+
+def _resized(parts: Mapping[str, Examples], image_size: int | None) -> dict[str, Examples]:
+    from .containers import ImageData
     from .decoding import resize_images
 
     if image_size is None:
-        return parts
-    return {part: resize_images(data, image_size) for part, data in parts.items()}
+        return dict(parts)
+    return {part: resize_images(d, image_size) if isinstance(d, ImageData) else d for part, d in parts.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, DataError
-from .containers import DataBundle, ImageData, LoadedImages, first_few
+from .containers import DataBundle, E, LoadedImages, first_few
 from .long_tail import Profile, largest_n_max, long_tail_counts, long_tail_indices
 from .selection import choose
 from .sources import CacheUse, OnUnreadable, SplitBy, load_images
@@ -167,9 +167,7 @@ def cut_loaded(
     )
 
 
-def cut_long_tail(
-    data: ImageData, profile: Profile, imbalance_factor: float, *, n_max: int | None = None, seed: int = 0
-) -> ImageData:
+def cut_long_tail(data: E, profile: Profile, imbalance_factor: float, *, n_max: int | None = None, seed: int = 0) -> E:
     """A long-tailed cut of balanced data; class 0 stays the largest.
 
     Args:
@@ -221,9 +219,7 @@ def cut_long_tail(
     return data.subset(rows)
 
 
-def carve_validation(
-    data: ImageData, fraction: float = 0.0, *, per_class: int | None = None, seed: int = 0
-) -> tuple[ImageData, ImageData]:
+def carve_validation(data: E, fraction: float = 0.0, *, per_class: int | None = None, seed: int = 0) -> tuple[E, E]:
     """Puts a part of the images aside.
 
     Args:

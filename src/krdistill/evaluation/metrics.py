@@ -170,7 +170,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     Raises:
         ArgumentError: shapes that differ, values that are no integers or out of range.
     """
-    labels = check_labels(labels.cpu(), len(labels), num_classes)
+    labels = check_labels(labels.cpu(), labels.numel(), num_classes)
     if predictions.shape != labels.shape:
         raise ArgumentError(f"Expected {len(labels)} predictions, one per label, got {tuple(predictions.shape)}.")
     predictions = check_labels(predictions.cpu(), len(labels), num_classes)
@@ -216,11 +216,9 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, bins: int = 15)
         ArgumentError: shapes that differ, confidences outside [0, 1], no bin.
     """
     c, r = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if c.ndim != 1 or c.shape != r.shape or bins < 1:
-        raise ArgumentError(
-            f"Expected confidence and correct of one shape (N,) and at least one bin, got {c.shape}, {r.shape} and "
-            f"{bins} bins."
-        )
+    bins = check_integer("bins", bins, at_least=1)
+    if c.ndim != 1 or c.shape != r.shape:
+        raise ArgumentError(f"Expected confidence and correct of one shape (N,), got {c.shape} and {r.shape}.")
     if not ((c >= 0) & (c <= 1)).all():
         raise ArgumentError(f"Expected confidences in [0, 1], got {c.min():g} to {c.max():g}. Pass probabilities.")
     edges = np.linspace(0.0, 1.0, bins + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import at_least_float32, check_logits, check_number, check_per_class, describe, like
+from .._checks import at_least_float32, check_logits, check_matrix, check_number, check_per_class, describe, like
 from ..errors import ArgumentError
 from .cross_entropy import cross_entropy
 from .kd import softened_divergence
@@ -27,6 +27,7 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features ``(B, D)`` and labels ``(B,)`` to ``(B,)``."""
+        check_matrix("features", features, "(B, D)", columns=self.linear.in_features)
         return cross_entropy(self.linear(features.to(self.linear.weight.dtype)), labels)
 
 

@@ -38,7 +38,12 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
     if set(own) - known or head not in HEADS:
         raise ModelError(f"Expected a network with a head of {', '.join(HEADS)}, got {dict(architecture)!r}.")
     backbone: nn.Module
-    if foreign:
+    if str(own["name"]).startswith("embedding:"):
+        from .encoder import EmbeddingClassifier
+
+        with forked(seed or 0, "weights"):
+            backbone = EmbeddingClassifier(own["config"], num_classes=int(own["num_classes"]))
+    elif foreign:
         from .foreign import rebuild_foreign
 
         backbone = rebuild_foreign(own, seed=seed)

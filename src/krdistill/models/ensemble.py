@@ -34,6 +34,11 @@ class Ensemble(nn.Module):
         first = networks[0]
         orders = []
         for i, network in enumerate(networks):
+            if network.kind != first.kind:
+                raise ModelError(
+                    f"Networks that answer together must take the same examples: the first takes {first.takes_words}, "
+                    f"number {i + 1} {network.takes_words}."
+                )
             shapes = [(n.image_size, n.channels) for n in (first, network)]
             if shapes[0] != shapes[1]:
                 (own, channels), (other, others) = shapes

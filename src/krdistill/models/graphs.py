@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelError
-from ..files import replacing
+from ..files import check_unpacked, replacing
 
 SUFFIXES = (".onnx", ".pt2")
 CARD = "network.json"  # name of the extra file of a .pt2 that says what class names, mean, std, image_size are
@@ -307,6 +307,7 @@ class _Here:
 
 def _load_pt2(path: Path, tap: str | None, fallback: tuple[int, int, int] | None) -> Graph:
     try:
+        check_unpacked(path, stored=True)
         with zipfile.ZipFile(path) as archive:
             files = {name.split("/", 1)[1]: name for name in archive.namelist() if "/" in name}
             if "models/model.json" not in files:
@@ -320,11 +321,12 @@ def _load_pt2(path: Path, tap: str | None, fallback: tuple[int, int, int] | None
         graph, signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
         constants, given = _signature(path, signature, values)
         nodes = [_node(path, node) for node in graph["nodes"]]
+        _check_order(nodes)
         _refuse_training(path, nodes, constants, signature["output_specs"])
         meta = graph["tensor_values"][given]
     except ModelError:
         raise
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError) as error:
+    except Exception as error:  # whatever a file that a stranger made may lead to
         raise ModelError(f"{path} is damaged, or no archive of torch.export.save: {error!r}"[:300]) from None
     dims = [d.get("as_int") for d in meta["sizes"]]
     if len(dims) != 4 or meta["dtype"] not in _DTYPES:
@@ -448,6 +450,16 @@ def _node(path: Path, node: Mapping[str, Any]) -> _Node:
         {name: value for name, kind, value in given if kind == 2},
         tuple(_result(o) for o in node["outputs"]),
     )
+
+
+def _check_order(nodes: Sequence[_Node]) -> None:
+    """A graph that runs in a circle would be followed for ever."""
+    made = [{o for o in node.outputs if isinstance(o, str)} for node in nodes]
+    later = set().union(*made)
+    for node, names in zip(nodes, made, strict=True):
+        if any(isinstance(a, _Name) and a.name in later for a in (*node.args, *node.kwargs.values())):
+            raise ValueError("a node asks for what a later one gives")
+        later -= names
 
 
 def _argument(path: Path, arg: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ class MLP(Backbone):
     answers vectors ``(B, D)`` too: make it with ``in_channels=D, image_size=1``.
 
     Args:
-        hidden: width of every hidden layer, at least one.
+        hidden: width of every hidden layer; with none, the feature is the input, and the network a linear classifier.
         in_channels: channels of the image.
         image_size: height and width of the image; unlike a convolutional network it takes no other.
         num_classes: K.
@@ -33,7 +33,9 @@ class MLP(Backbone):
             nn.Sequential(nn.Linear(inside, outside), nn.ReLU(inplace=True))
             for inside, outside in pairwise((in_features, *hidden))
         ]
-        super().__init__(nn.Flatten(), stages, hidden, in_channels=in_channels, num_classes=num_classes)
+        super().__init__(
+            nn.Flatten(), stages, hidden or [in_features], in_channels=in_channels, num_classes=num_classes
+        )
         self.in_features = in_features
 
     def forward_maps(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +47,7 @@ class MLP(Backbone):
         flat = self.stem(x)
         if flat.shape[1] != self.in_features:
             raise ModelError(f"Expected {self.in_features} numbers per image, got {tuple(x.shape)}.")
-        maps = []
+        maps = [] if self.stages else [flat[:, :, None, None]]
         for stage in self.stages:
             flat = stage(flat)
             maps.append(flat[:, :, None, None])

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import KrdistillError, ModelError
-from ..files import replacing, write_json
+from ..files import read_json, replacing, write_json
+from ..kinds import NOUNS, Kind, encode_texts, kind_of
 from ..outputs import Outputs
 from .assemble import assemble, replace_head
 from .ensemble import Ensemble
 from .graphs import load_graph
 from .heads import answer_of, find_head, width
-from .registry import parse_model
+from .registry import ORIGIN_KINDS, ModelName, list_models, model_info, parse_model
 from .weights import load_weights
 
 _PART = 1024
 _WEIGHTS, _CARD = "model.safetensors", "network.json"
+_LARGEST_SIDE = 8192  # a card that a stranger wrote may name any number
+CONFIG_NAME = "config.json"  # what the card is called in the Hugging Face layout
 
 
 class Network(nn.Module):
@@ -35,17 +36,19 @@ class Network(nn.Module):
     ``answer`` gives logits and feature itself (a file, an ensemble).
 
     Args:
-        backbone: a module from float images ``(B, C, H, W)`` to logits ``(B, K)``.
+        backbone: a module from float images ``(B, C, H, W)``, or what ``kind`` says, to logits ``(B, K)``.
         class_names: K names, in the order of the logits.
-        mean: per-channel mean of images in [0, 1], ``(C,)``.
-        std: per-channel standard deviation, ``(C,)``.
-        image_size: (H, W) of the images it is given.
+        mean: per-channel mean of images in [0, 1], ``(C,)``; of vectors per column, ``(D,)``; none of sentences.
+        std: per-channel standard deviation, ``(C,)``, and so on.
+        image_size: (H, W) of the images it is given; None for other kinds.
         input_size: (H, W) that the backbone works at; images of another size are resized (bilinear, antialiased
             where they shrink). None leaves them as they are.
         channels: of the images, where not as many as ``mean`` has: grey images (1) are repeated over its channels.
         head: dotted name of the classifier layer, where it is not to be searched for.
         architecture: what :func:`~krdistill.models.assemble.assemble` rebuilds the backbone from.
         notes: what a person should know of how it was made, a sentence each.
+        kind: of the examples: ``image``; ``features``, float vectors ``(B, D)``; or ``text``, bytes ``(B, L)``
+            (:mod:`krdistill.kinds`).
 
     Raises:
         ModelError: no linear layer, an unknown ``head``, or a class count that differs from the layer's width.
@@ -61,15 +64,18 @@ class Network(nn.Module):
         class_names: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
-        image_size: tuple[int, int],
+        image_size: tuple[int, int] | None,
         input_size: tuple[int, int] | None = None,
         channels: int | None = None,
         head: str | None = None,
         architecture: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        kind: Kind = "image",
     ) -> None:
         super().__init__()
-        if len(mean) != len(std) or not mean or min(std) <= 0:
+        if (kind == "image") != (image_size is not None):
+            raise ModelError(f"Expected an image size of a network for images alone, got {image_size} for {kind!r}.")
+        if kind != "text" and (len(mean) != len(std) or not mean or min(std) <= 0):
             raise ModelError(f"Expected a mean and a positive std per channel, got mean {mean} and std {std}.")
         if channels not in (None, 1, len(mean)):
             raise ModelError(
@@ -78,8 +84,12 @@ class Network(nn.Module):
             )
         self.backbone = backbone
         self.class_names = tuple(class_names)
-        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.kind = kind
+        self.image_size = (0, 0) if image_size is None else (int(image_size[0]), int(image_size[1]))
         self.input_size = None if input_size is None else (int(input_size[0]), int(input_size[1]))
+        for size in (image_size and self.image_size, self.input_size):
+            if size and not all(1 <= side <= _LARGEST_SIDE for side in size):
+                raise ModelError(f"Expected images of 1 to {_LARGEST_SIDE:,} pixels a side, got {size[0]}x{size[1]}.")
         self.channels = len(mean) if channels is None else channels
         self.architecture = dict(architecture) if architecture is not None else None
         self.notes = tuple(notes)
@@ -89,9 +99,12 @@ class Network(nn.Module):
             self.head_name, outputs, self.feature_dim = "", int(known.num_classes), int(known.feature_dim)
         else:
             size, C = self.input_size or self.image_size, len(mean)
-            self.head_name, layer = find_head(
-                backbone, head, len(self.class_names), lambda: _noise(C, size).to(_device(backbone))
-            )
+
+            def example() -> Tensor:
+                rows = _noise(C, size) if kind == "image" else self.example_inputs()
+                return rows.to(_device(backbone))
+
+            self.head_name, layer = find_head(backbone, head, len(self.class_names), example)
             outputs = width(layer)
             self.feature_dim = int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
         if outputs != len(self.class_names):
@@ -103,7 +116,7 @@ class Network(nn.Module):
         self.direct = self.head_name == "head" and all(
             hasattr(backbone, name) for name in ("forward_maps", "forward_features", "pool")
         )
-        shape = (1, len(mean), 1, 1)
+        shape = (1, len(mean), 1, 1) if kind == "image" else (1, len(mean))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape))
 
@@ -120,8 +133,44 @@ class Network(nn.Module):
         """Whether it gives a feature; of a file where none was found, the logits stand in for it."""
         return bool(getattr(self.backbone, "has_feature", True))
 
+    def takes(self, rows: Tensor) -> bool:
+        """Whether it was made for rows such as these, as a data set has them."""
+        if kind_of(rows) != self.kind or self.kind == "text":
+            return kind_of(rows) == self.kind
+        return rows.shape[-1] == self.channels and (self.kind == "features" or rows.shape[1:3] == self.image_size)
+
+    @property
+    def takes_words(self) -> str:
+        """What it is given, in words: ``images of 32x32 with 3 channel(s)``."""
+        if self.kind == "image":
+            return f"images of {self.image_size[0]}x{self.image_size[1]} with {self.channels} channel(s)"
+        return f"rows of {self.channels} numbers" if self.kind == "features" else "sentences"
+
+    def example_inputs(self) -> Tensor:
+        """A batch of two, as the network is given them, on the CPU: noise, or sentences."""
+        if self.kind == "image":
+            return _noise(self.channels, self.image_size).sigmoid()
+        if self.kind == "features":
+            return torch.randn(2, self.channels, generator=torch.Generator().manual_seed(0))
+        return torch.from_numpy(encode_texts(["what is this", "a second example of two"]))
+
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images, or float images in [0, 1], to normalised float32 of the backbone's size and channels."""
+        """uint8 images, or float images in [0, 1], to normalised float32 of the backbone's size and channels.
+
+        Vectors are standardised by column. Sentences stay bytes; what no sentence of the batch fills is cut off.
+        """
+        if self.kind == "text":
+            if images.ndim != 2 or images.dtype != torch.uint8:
+                raise ModelError(
+                    f"Expected sentences as bytes, uint8 (B, L), got {images.dtype} {tuple(images.shape)}."
+                )
+            if images.device.type != "cpu" or torch.compiler.is_compiling():
+                return images  # how long they are would have to be read from the device
+            return images[:, : max(1, int((images != 0).sum(1).max()))]
+        if self.kind == "features":
+            if images.ndim != 2 or images.shape[1] != self.channels:
+                raise ModelError(f"Expected vectors of shape (B, {self.channels}), got {tuple(images.shape)}.")
+            return (images - self.mean) / self.std
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ModelError(f"Expected images of shape (B, {self.channels}, H, W), got {tuple(images.shape)}.")
         if images.dtype == torch.uint8:
@@ -139,7 +188,7 @@ class Network(nn.Module):
         """Answers a batch.
 
         Args:
-            images: shape ``(B, C, H, W)``, uint8 or float in [0, 1].
+            images: shape ``(B, C, H, W)``, uint8 or float in [0, 1]; or what the network's kind says.
             maps: give the output of every stage too; the backbone must be one of krdistill's own.
         """
         x = self.normalise(images)
@@ -174,11 +223,12 @@ class Network(nn.Module):
         """What a stranger needs to rebuild the network, as plain data."""
         return {
             "format": 1,
+            "kind": self.kind,
             "architecture": self.architecture,
             "class_names": list(self.class_names),
             "mean": [float(v) for v in self.mean.flatten()],
             "std": [float(v) for v in self.std.flatten()],
-            "image_size": list(self.image_size),
+            "image_size": list(self.image_size) if self.kind == "image" else None,
             "input_size": list(self.input_size) if self.input_size is not None else None,
             "channels": self.channels,
             "head": self.head_name,
@@ -204,7 +254,8 @@ def build_network(
             ``module:package.path:factory``; options may follow, as in ``timm:resnet18?weights=pretrained&tap=fc``.
         class_names: K names.
         head: the last layer: ``linear``, ``cosine`` (for margin losses) or ``etf`` (fixed anchors).
-        images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given.
+        images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given. Or the
+            rows of another kind (:mod:`krdistill.kinds`).
         mean: per channel, in [0, 1].
         std: per channel.
         image_size: (H, W).
@@ -218,6 +269,10 @@ def build_network(
         MissingDependencyError: the network's library is not installed.
     """
     asked = parse_model(model, weights=weights, tap=tap)
+    kind = "image" if images is None else kind_of(images)
+    _check_kind(asked, kind)
+    if images is not None and kind != "image":
+        return _for_rows(asked, class_names, head, images, kind, seed)
     if images is not None:
         measured_mean, measured_std = channel_statistics(images)
         mean, std = mean or measured_mean, std or measured_std
@@ -251,6 +306,51 @@ def build_network(
     if asked.weights != "none":
         given["notes"] = load_weights(backbone, asked.weights, head="head", class_names=class_names)
     return Network(backbone, mean=mean, std=std, head=asked.tap, architecture=architecture, **given)
+
+
+def _check_kind(asked: ModelName, kind: Kind) -> None:
+    """Refuses a network for examples of another kind."""
+    known = ORIGIN_KINDS.get(asked.origin) if asked.origin else model_info(asked.name).kinds
+    if known is None or kind in known:
+        return
+    ours = ", ".join(info.name for info in list_models(kind)[:4])
+    raise ModelError(
+        f"The network {asked.name!r} is for {' or '.join(NOUNS[k] for k in known)}, the data are {NOUNS[kind]}. Take "  # type: ignore[index]
+        f"one for them, such as {ours}: `krdistill list models` shows them all."
+    )
+
+
+def _for_rows(
+    asked: ModelName, class_names: Sequence[str], head: str, rows: Tensor, kind: Kind, seed: int
+) -> Network:  # fmt: skip
+    """A network for vectors or sentences."""
+    mean, std = column_statistics(rows) if kind == "features" else ([], [])
+    own: dict[str, Any] = {"in_channels": len(mean), "image_size": 1} if kind == "features" else {"in_channels": 1}
+    architecture = {"name": asked.name, "num_classes": len(class_names), **own}
+    if head != "linear":
+        architecture["head"] = head
+    if asked.origin == "embedding":
+        from .encoder import describe_encoder
+
+        architecture["config"] = describe_encoder(asked.name.partition(":")[2])
+    backbone = assemble(architecture, seed=seed)
+    notes: Sequence[str] = ()
+    if asked.weights != "none":
+        if asked.weights == "pretrained":
+            raise ModelError(f"There are no pretrained weights for {asked.name!r}. Give a file as weights, or none.")
+        notes = load_weights(backbone, asked.weights, head="head", class_names=class_names)
+    return Network(
+        backbone, class_names=class_names, mean=mean, std=std, image_size=None, head=asked.tap, kind=kind,
+        architecture=architecture, notes=notes,
+    )  # fmt: skip
+
+
+def column_statistics(rows: Tensor) -> tuple[list[float], list[float]]:
+    """Per-column mean and standard deviation of vectors ``(N, D)``; that of a column with one value alone is 1."""
+    wide = rows.to(torch.float64)
+    mean, std = wide.mean(0), wide.std(0, correction=0)
+    constant = std <= 1e-6 * mean.abs().clamp_min(1e-30)
+    return mean.tolist(), torch.where(constant, 1.0, std).tolist()
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -292,6 +392,10 @@ def file_network(path: Path, *, class_names: Sequence[str], images: Tensor, tap:
         ModelError: no such file, a damaged one, or one for other images or another number of classes.
         MissingDependencyError: an ONNX file, and the ``onnx`` extra is not installed.
     """
+    if kind_of(images) != "image":
+        raise ModelError(
+            f"{path}: a network that comes as a file can be asked about images, not {NOUNS[kind_of(images)]}."
+        )
     _, H, W, C = images.shape
     graph = load_graph(path, tap=tap, fallback=(C, H, W))
     card, notes = graph.facts.card, []
@@ -339,7 +443,8 @@ def ensemble(networks: Sequence[Network]) -> Network:
         class_names=first.class_names,
         mean=[0.0] * first.channels,
         std=[1.0] * first.channels,
-        image_size=first.image_size,
+        image_size=first.image_size if first.kind == "image" else None,
+        kind=first.kind,
         architecture={"name": " + ".join(names), "members": len(networks)},
         notes=[note for network in networks for note in network.notes],
     )
@@ -370,10 +475,12 @@ def save_network(network: Network, folder: Path) -> None:
 def load_network(
     folder: Path, *, backbone: nn.Module | None = None, allow_factories: bool | Collection[str] = False
 ) -> Network:
-    """Reads what :func:`save_network` wrote. Nothing is unpickled, and no module is imported unless that is allowed.
+    """Reads what :func:`save_network` wrote, or ``krdistill share``.
+
+    Nothing is unpickled, and no module is imported unless that is allowed.
 
     Args:
-        folder: the folder that holds ``network.json`` and the weights.
+        folder: the folder that holds ``network.json`` (or ``config.json``) and the weights.
         backbone: the module to load the weights into, where the network was not made by name.
         allow_factories: whether a network that was made by ``module:package.path:factory`` may import that module:
             True, or the names that may. A card is a text that a stranger may have written; importing runs code.
@@ -383,20 +490,28 @@ def load_network(
             ``allow_factories``.
         MissingDependencyError: the network's library is not installed.
     """
-    if not (folder / _CARD).is_file():
+    described = next((folder / name for name in (_CARD, CONFIG_NAME) if (folder / name).is_file()), None)
+    if described is None:
         raise ModelError(f"No network in {folder}: {_CARD} missing. Expected a folder of a finished run.")
     try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        card = read_json(described)
         architecture = card["architecture"]
-        size = (int(card["image_size"][0]), int(card["image_size"][1]))
+        kind = card.get("kind", "image")
+        size = None if kind != "image" else (int(card["image_size"][0]), int(card["image_size"][1]))
         name = str((architecture or {}).get("name"))
-        own = bool(architecture) and ":" not in name
+        names = card["class_names"]
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError("expected class_names as a list of texts")
+        if architecture and architecture.get("num_classes", len(names)) != len(names):
+            raise ValueError(f"{len(names)} class names for {architecture['num_classes']} classes")
+        own = bool(architecture) and (":" not in name or kind == "text")
         arguments: dict[str, Any] = {
             "class_names": card["class_names"], "mean": card["mean"], "std": card["std"], "image_size": size,
             "input_size": card.get("input_size"), "channels": card.get("channels"), "architecture": architecture,
+            "kind": kind,
         }  # fmt: skip
         if architecture and "file" in architecture:
-            fallback = (int(card["channels"]), *size)
+            fallback = (int(card["channels"]), *(size or ()))
             graph = load_graph(folder / Path(architecture["file"]).name, tap=architecture["tap"], fallback=fallback)
             return Network(graph, **arguments)
         if architecture and "members" in architecture:
@@ -406,9 +521,9 @@ def load_network(
             raise ModelError(f"No network in {folder}: {_WEIGHTS} missing. Expected a folder of a finished run.")
         state = load_file(folder / _WEIGHTS)
         arguments["head"] = None if own else card["head"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError, OSError) as error:
-        if isinstance(error, KrdistillError):
-            raise
+    except KrdistillError:
+        raise
+    except Exception as error:  # whatever a card that a stranger wrote may lead to
         raise ModelError(f"The network in {folder} is damaged: {error}. Train it again, or copy it again.") from None
     if backbone is None:
         if architecture is None:
@@ -421,8 +536,15 @@ def load_network(
                 f"The network in {folder} is made by {name!r}, and making it would import and run that module. If you "
                 f"trust it: load_network(folder, allow_factories=True), or --teacher.model {name} in a run."
             )
-        backbone = assemble(architecture)
-    network = Network(backbone, **arguments)
+    try:
+        backbone = assemble(architecture) if backbone is None else backbone
+        network = Network(backbone, **arguments)
+    except KrdistillError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The network in {folder} cannot be made: {error}. Train it again, or copy it again."
+        ) from error
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -437,10 +559,8 @@ def probe(network: Network, *, what: str = "The network") -> None:
         ModelError: it cannot work at its size, answers another number of classes, or answers numbers that are not
             finite; the message names what went in, what came out and what to do.
     """
-    H, W = network.image_size
-    images = _noise(network.channels, (H, W)).sigmoid()
-    seen = f"images of {H}x{W} with {network.channels} channel(s)"
-    if network.input_size is not None and network.input_size != (H, W):
+    images, seen = network.example_inputs(), network.takes_words
+    if network.input_size is not None and network.input_size != network.image_size:
         seen += f", resized to {network.input_size[0]}x{network.input_size[1]}"
     modes = {module: module.training for module in network.modules()}
     device = network.mean.device
@@ -452,7 +572,8 @@ def probe(network: Network, *, what: str = "The network") -> None:
     except Exception as error:  # whatever a foreign network raises
         raise ModelError(
             f"{what} cannot answer {seen}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r} "
-            "Set data.image_size to a size it takes, or take another network."
+            f"{'Set data.image_size to a size it takes, or take' if network.kind == 'image' else 'Take'} another "
+            "network."
         ) from None
     finally:
         for module, mode in modes.items():

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from .backbone import Backbone
 
 SMALLEST_IMAGE = 8
-ORIGINS = ("timm", "torchvision", "hf", "module")
+ORIGINS = ("timm", "torchvision", "hf", "module", "embedding")
+# What the networks of other origins are for; those of a factory are for images.
+ORIGIN_KINDS = {
+    "timm": ("image",), "torchvision": ("image",), "hf": ("image",), "module": ("image",), "embedding": ("text",)
+}  # fmt: skip
 _HINT = "`krdistill list models` shows them all."
 
 
@@ -33,7 +37,7 @@ class ModelName:
 
     Attributes:
         name: one of krdistill's own names, or ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``,
-            ``module:package.path:factory``.
+            ``module:package.path:factory``, ``embedding:NAME-or-folder``.
         weights: ``none`` (fresh ones), ``pretrained`` (of the network's own library), or a file that holds them.
         tap: dotted name of the last layer, whose input is the feature, where it is not to be found by itself.
     """
@@ -100,6 +104,7 @@ class ModelInfo:
         module: where its class is, beside this file.
         factory: its class.
         arguments: what tells it from its family.
+        kinds: of examples that it takes: ``image``, ``features``, ``text``.
     """
 
     name: str
@@ -110,11 +115,12 @@ class ModelInfo:
     module: str
     factory: str
     arguments: Mapping[str, Any] = field(hash=False)
+    kinds: tuple[str, ...] = ("image",)
 
 
-def list_models() -> list[ModelInfo]:
-    """Every named network; the summary says where a name is one of a pattern."""
-    return list(_LISTED.values())
+def list_models(kind: str = "image") -> list[ModelInfo]:
+    """Every named network for examples of a kind; the summary says where a name is one of a pattern."""
+    return [info for info in (*_LISTED.values(), *_OTHERS.values()) if kind in info.kinds]
 
 
 def model_info(name: str) -> ModelInfo:
@@ -132,8 +138,12 @@ def model_info(name: str) -> ModelInfo:
     if ":" in name or "?" in name:
         raise ModelError(f"{name!r} is none of krdistill's own networks; build_network makes it. {_HINT}")
     key = _key(name)
-    if key in _LISTED:
-        return _LISTED[key]
+    if key in _LISTED or key in _OTHERS:
+        return _LISTED.get(key) or _OTHERS[key]
+    if found := re.fullmatch(r"ngram([1-9][0-9]*)x([1-9][0-9]*)", key):
+        return _ngram(int(found[1]), int(found[2]))
+    if found := re.fullmatch(r"textcnn([1-9][0-9]*)", key):
+        return _text_cnn(int(found[1]))
     if found := re.fullmatch(r"resnet([0-9]+)w([1-9][0-9]*)", key):
         depth, base = map(int, found.groups())
         return _cifar_resnet(f"resnet{depth}w{base}", _blocks(name, depth, 2), base, (base, 2 * base, 4 * base))
@@ -142,7 +152,8 @@ def model_info(name: str) -> ModelInfo:
         return _wide_resnet(f"wrn_{depth}_{widen}", _blocks(name, depth, 4), widen)
     if re.fullmatch(r"mlp[1-9][0-9]*(_[1-9][0-9]*)*", key):
         return _mlp(tuple(int(width) for width in key.removeprefix("mlp").split("_")))
-    raise ModelError(unknown_name("network", name.lower(), (info.name for info in list_models()), hint=_HINT))
+    known = (info.name for kind in ("image", "features", "text") for info in list_models(kind))
+    raise ModelError(unknown_name("network", name.lower(), known, hint=_HINT))
 
 
 def create_model(
@@ -162,8 +173,9 @@ def create_model(
         seed: of the weights; without one they differ from call to call.
 
     Returns:
-        A module from float images ``(B, C, H, W)`` to logits ``(B, K)``, with ``forward_maps``, ``forward_features``,
-        ``head``, ``feature_dim`` and ``map_channels``: see :class:`~krdistill.models.backbone.Backbone`.
+        A module from float images ``(B, C, H, W)``, vectors ``(B, D)`` or bytes ``(B, L)`` to logits ``(B, K)``, with
+        ``forward_maps``, ``forward_features``, ``head``, ``feature_dim`` and ``map_channels``: see
+        :class:`~krdistill.models.backbone.Backbone`.
 
     Raises:
         ModelError: an unknown name, or a number out of range.
@@ -177,6 +189,8 @@ def create_model(
     }
     if not flat:
         del sizes["image_size"]
+    if "text" in info.kinds:
+        del sizes["in_channels"]
     seed = None if seed is None else _whole("seed", seed)
     import torch
 
@@ -233,6 +247,8 @@ _SHUFFLE1 = Source(
 )
 _SHUFFLE2 = Source("ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", 2018, "1807.11164")
 _MLP = Source("Learning representations by back-propagating errors (Nature)", 1986)
+_FASTTEXT = Source("Bag of Tricks for Efficient Text Classification", 2017, "1607.01759")
+_KIM = Source("Convolutional Neural Networks for Sentence Classification", 2014, "1408.5882")
 _CLASSES = 100
 
 
@@ -268,7 +284,29 @@ def _mlp(hidden: tuple[int, ...], more: str = "") -> ModelInfo:
     widths = (3 * 32 * 32, *hidden, _CLASSES)
     count = sum((inside + 1) * outside for inside, outside in pairwise(widths))
     summary = f"perceptron, hidden layers of {' and '.join(map(str, hidden))}{more}"
-    return ModelInfo(f"mlp_{'_'.join(map(str, hidden))}", "MLP", summary, _MLP, count, "mlp", "MLP", {"hidden": hidden})
+    name, arguments = f"mlp_{'_'.join(map(str, hidden))}", {"hidden": hidden}
+    return ModelInfo(name, "MLP", summary, _MLP, count, "mlp", "MLP", arguments, ("image", "features"))
+
+
+def _ngram(buckets: int, dim: int, name: str = "", more: str = "") -> ModelInfo:
+    hidden, K = 128, _CLASSES
+    count = buckets * dim + 2 * dim + (dim + 1) * hidden + (hidden + 1) * K
+    summary = f"bag of hashed words, pairs and runs of characters: {buckets:,} vectors of {dim} numbers{more}"
+    arguments = {"buckets": buckets, "dim": dim, "hidden": (hidden,)}
+    return ModelInfo(
+        name or f"ngram{buckets}x{dim}", "NGram", summary, _FASTTEXT, count, "sentences", "NGramNet", arguments,
+        ("text",),
+    )  # fmt: skip
+
+
+def _text_cnn(width: int, name: str = "", more: str = "") -> ModelInfo:
+    buckets, dim, K = 4096, 32, _CLASSES
+    count = buckets * dim + 6 * dim * width + 3 * width + 6 * width + (3 * width + 1) * K
+    summary = f"convolutions over 1, 2 and 3 hashed words, {width} channels each{more}"
+    arguments = {"buckets": buckets, "dim": dim, "width": width}
+    return ModelInfo(
+        name or f"text_cnn{width}", "TextCNN", summary, _KIM, count, "sentences", "TextCNN", arguments, ("text",)
+    )
 
 
 def _deep_resnet(depth: int, parameters: int, blocks: tuple[int, ...], bottleneck: bool = False) -> ModelInfo:
@@ -318,5 +356,17 @@ _LISTED = {
             "shufflenet_v2", "ShuffleNetV2", {"blocks": (4, 8, 4), "widths": (116, 232, 464), "last": 1024},
         ),
         _mlp((256, 128), "; any mlp_<width>_<width>..., for vectors and tiny images"),
+    )
+}  # fmt: skip
+# Kept apart: not for images, or not worth a line among those that are.
+_OTHERS = {
+    _key(info.name): info
+    for info in (
+        ModelInfo(
+            "linear", "MLP", "linear classifier, without hidden layers", _MLP, (3 * 32 * 32 + 1) * _CLASSES, "mlp",
+            "MLP", {"hidden": ()}, ("features",),
+        ),
+        _ngram(4096, 48, "ngram", "; any ngram<vectors>x<numbers>"),
+        _text_cnn(64, "text_cnn", "; any text_cnn<channels>"),
     )
 }  # fmt: skip

@@ -37,6 +37,6 @@ def reuse_classifier(student: Network, teacher: Teacher, *, factor: int = 2, see
         head.bias.zero_() if source.bias is None else head.bias.copy_(source.bias[teacher.order])
     mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
     return Network(
-        backbone, class_names=student.class_names, mean=mean, std=std, image_size=student.image_size,
-        architecture=architecture,
+        backbone, class_names=student.class_names, mean=mean, std=std, kind=student.kind,
+        image_size=student.image_size if student.kind == "image" else None, architecture=architecture,
     )  # fmt: skip

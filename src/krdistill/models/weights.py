@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..files import check_unpacked
 
 _WRAPPED = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -37,13 +37,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):  # a zip archive, or a pickle
                 raise ValueError("it does not begin as what torch.save writes")
+        check_unpacked(path, stored=True)
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
             f"{path} holds more than tensors; reading it could run code, and was not done. Save the weights alone, in "
             "the program that made it: torch.save(model.state_dict(), path), or as safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError, KeyError) as error:
+    except Exception as error:  # torch's unpickler raises nearly anything on a damaged file
         raise ModelError(f"{path} is damaged, or no file of weights: {error}") from None
     for key in _WRAPPED:
         if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):

@@ -146,7 +146,7 @@ def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
     if not teacher.features.shape[1]:
         raise ModelError(
             "prior 'refit' fits a classifier on the teacher's features, and it shows none. Name the tensor that holds "
-            "them with teacher.tap, or take prior 'label'."
+            "them with teacher.tap, store them with its answers, or take prior 'label' and feature_weight 0."
         )
     return RefittedTeacher(*refit_classifier(teacher.features, teacher.labels, context.prior.num_classes))
 

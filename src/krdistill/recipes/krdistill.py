@@ -16,7 +16,7 @@ _RRD = {"classification": "balanced-softmax", "feature_weight": 5.0}
 RECIPES = (
     Recipe(
         name="krdistill",
-        summary="a balanced classifier re-fitted on the teacher's features answers for it (LRD); features matched (RRD)",
+        summary="a balanced classifier, fitted on its features, answers for the teacher (LRD); features matched (RRD)",
         source=_SOURCE,
         needs=FEATURES,
         options=DistillOptions,

@@ -13,7 +13,13 @@ from ..outputs import Outputs
 
 
 def refit_classifier(
-    features: Tensor, labels: Tensor, num_classes: int, *, weight_decay: float = 1e-5, max_steps: int = 200
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    weight_decay: float = 1e-5,
+    max_steps: int = 200,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A linear classifier on frozen features, fitted with balanced softmax: no class prior is in it.
 
@@ -28,7 +34,9 @@ def refit_classifier(
         labels: y, shape ``(N,)``; pi are their frequencies.
         num_classes: K; every class needs a row.
         weight_decay: lambda > 0.
-        max_steps: of L-BFGS.
+        max_steps: of L-BFGS. With so small a penalty it ends before the last digits are settled: features that differ
+            in their last bits, as another machine's do, give logits that differ by some hundredths.
+        row_weights: what every row counts in the mean, shape ``(N,)``, >= 0; all alike where None. pi stays as it is.
 
     Returns:
         Weight ``(K, D)``, for features as they are (1 / r is in it), and bias ``(K,)``, of mean 0; float32, on the CPU.
@@ -45,6 +53,13 @@ def refit_classifier(
     check_finite("features", check_matrix("features", features, "(N, D)"))
     labels = check_labels(labels.cpu() if isinstance(labels, Tensor) else labels, features.shape[0], K).long()
     weight_decay = check_number("weight_decay", weight_decay, above=0)
+    shares = None
+    if row_weights is not None:
+        row_weights = check_per_class("row_weights", row_weights, len(labels), low=0, expected="numbers >= 0")
+        shares = row_weights.detach().cpu().double()
+        if not bool((shares > 0).any()):
+            raise DataError("row_weights: expected a row that counts, but all of them are zero.")
+        shares = shares / shares.sum()
     counts = torch.bincount(labels, minlength=K)
     if missing := (counts == 0).nonzero().flatten().tolist():
         raise DataError(f"labels: {len(missing)} of {K} classes have no row, among them class {missing[0]}.")
@@ -60,10 +75,14 @@ def refit_classifier(
         x = torch.from_numpy(flat).view(K, D + 1)
         W, b = x[:, :D], x[:, D]
         log_p = torch.log_softmax(torch.addmm(b + log_prior, f, W.T), 1)
-        loss = -log_p.gather(1, labels.unsqueeze(1)).mean() + 0.5 * weight_decay * W.square().sum()
+        own = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+        loss = -(own.mean() if shares is None else shares @ own) + 0.5 * weight_decay * W.square().sum()
         residual = log_p.exp_()
         residual[torch.arange(N), labels] -= 1
-        residual /= N
+        if shares is None:
+            residual /= N
+        else:
+            residual *= shares.unsqueeze(1)
         gradient = torch.cat([residual.T @ f + weight_decay * W, residual.sum(0).unsqueeze(1)], 1)
         return float(loss), gradient.numpy().ravel()
 
@@ -97,4 +116,5 @@ class RefittedTeacher(nn.Module):
             self.classifier.bias.copy_(bias)
 
     def forward(self, answer: Outputs) -> Outputs:
-        return answer._replace(logits=self.classifier(answer.feature.float()))
+        feature = check_matrix("teacher_features", answer.feature, "(B, D)", columns=self.classifier.in_features)
+        return answer._replace(logits=self.classifier(feature.float()))

@@ -66,8 +66,9 @@ def auto_tau(logits: Tensor, labels: Tensor, log_prior: Tensor, *, bounds: tuple
     Cost: about 40 softmaxes over all logits, in float64, in pieces of 16 MB, on the CPU.
 
     Source: Jiang et al., "Rectifying Soft-Label Entangled Bias in Long-Tailed Dataset Distillation", NeurIPS 2025,
-    arXiv 2511.17914.
-    Deviation: there the images held out are the distilled ones.
+    arXiv 2511.17914 (ADSA): this is its rule, with the same confidence, spread and prior.
+    Deviation: there the images held out are the distilled ones (as in :func:`krdistill.condense.soft_labels`), here
+    the caller says which; the interval and the search are ours, since those of the paper are not known to us.
     """
     K = check_logits("logits", logits).shape[1]
     labels = check_labels(labels.cpu() if isinstance(labels, Tensor) else labels, logits.shape[0], K)

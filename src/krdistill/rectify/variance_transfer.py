@@ -33,7 +33,9 @@ def within_class_variation(features: Tensor, labels: Tensor, class_means: Tensor
         DataError: no image.
     """
     check_matrix("features", features, "(N, D)")
-    K, D = check_matrix("class_means", class_means, "(K, D)", columns=features.shape[1]).shape
+    K, D = check_finite(
+        "class_means", check_matrix("class_means", class_means, "(K, D)", columns=features.shape[1])
+    ).shape
     labels = check_labels(labels.cpu() if isinstance(labels, Tensor) else labels, features.shape[0], K)
     if len(labels) == 0:
         raise DataError("features: expected at least one image, but got none.")

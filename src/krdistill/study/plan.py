@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, StrictInt, field_validator, model_validator
 
-from ..config import RecipeConfig, RunConfig, Section, load_config, validate
+from ..config import RecipeConfig, RunConfig, Section, load_config, parse_yaml, read_text, validate
 from ..errors import ConfigError, KrdistillError, unknown_name
 from ..pipeline import check_names
 from ..recipes import resolve_recipe
@@ -201,10 +201,7 @@ def read_study(path: Path, *, jobs: int | None = None, threads: int | None = Non
     """
     if not path.is_file():
         raise ConfigError(f"No study file {str(path)!r}.")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    values = parse_yaml(read_text(path), str(path), _Loader)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as 'base:' and 'methods:', got {type(values).__name__}.")
     given = {k: v for k, v in (("jobs", jobs), ("threads", threads)) if v is not None}

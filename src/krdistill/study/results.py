@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .. import __version__, runfolder
+from ..config import parse_yaml, read_text
 from ..files import read_json
 from ..priors import ClassPrior
 from .plan import StudyPlan
@@ -40,7 +40,7 @@ def item_result(run: Path, key: str, kind: str) -> dict[str, Any]:
     """
     metrics, provenance = read_json(run / runfolder.METRICS), read_json(run / runfolder.PROVENANCE)
     split = read_json(run / runfolder.SPLIT)
-    config = yaml.safe_load((run / runfolder.CONFIG).read_text(encoding="utf-8"))
+    config = parse_yaml(read_text(run / runfolder.CONFIG), str(run / runfolder.CONFIG))
     log = [line for line in _lines(run) if line.get("stage") == ("student" if kind == "cell" else "teacher")]
     names = ("student",) if kind == "cell" else ("teacher", "teacher_rectified")
     seconds = provenance.get("seconds", {})

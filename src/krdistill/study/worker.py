@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .. import pipeline, runfolder
-from ..config import RunConfig, difference, dump_config, validate
+from ..config import RunConfig, difference, dump_config, parse_yaml, read_text, validate
 from ..errors import KrdistillError
 from ..events import Events
 from ..files import write_text
@@ -73,7 +72,7 @@ def _make_ready(out: Path, config: RunConfig) -> None:
     if not known.is_file():
         return
     # The name of a cell and the place of its teacher and of stored answers are no part of what it is.
-    old = yaml.safe_load(known.read_text(encoding="utf-8"))
+    old = parse_yaml(read_text(known), str(known))
     lines = difference(old, config.as_dict())
     if lines and all(line.startswith(("teacher.run:", "bank.folder:", "name:", "recipe.label:")) for line in lines):
         write_text(known, dump_config(config))

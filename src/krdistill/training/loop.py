@@ -15,11 +15,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..bank.answers import Answers
 from ..config import TrainConfig
-from ..data.augment import build_augmentation, mixup
-from ..data.containers import ImageData
+from ..data.augment import augmentation_of, mixup
+from ..data.containers import Examples
 from ..data.feed import Feed
 from ..distributed import World, average_gradients, gather_rows, share, share_sizes, synchronise_batch_norm
 from ..errors import ConfigError, KrdistillError, ModelError
+from ..kinds import as_batch
 from ..models.network import Network
 from ..objective import Objective
 from ..sampling import Sampling, epoch_order
@@ -35,7 +36,7 @@ class DivergedError(KrdistillError):
         message: which term and classes, in which step, and what to do.
         record: what the step needs to be run again, tensors on the CPU: ``epoch`` and ``step`` (from 0), ``rows`` and
             ``labels`` of its batch, ``terms`` (name to per-sample values), ``lr``, and ``trainer``, the state from
-            before the step's update (:meth:`Trainer.restore`).
+            before the step's update (:meth:`Trainer.restore`); where bad steps are left out, the state of now.
     """
 
     def __init__(self, message: str, record: dict[str, Any] | None = None) -> None:
@@ -55,6 +56,8 @@ class EpochRecord:
         loss: mean of every term, and ``total``.
         train_accuracy: on the augmented training images, as they were seen.
         stats: name of a per-sample statistic to its mean by class, ``(K,)`` (NaN where the class was not seen).
+        skipped: steps that were left out, as a loss or gradient was not finite; no mean is over them.
+        skipped_words: which terms, images and classes the first of them was about, or empty.
         last: whether it was the last epoch.
     """
 
@@ -65,6 +68,8 @@ class EpochRecord:
     loss: dict[str, float]
     train_accuracy: float
     stats: dict[str, list[float]] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_words: str = ""
 
     @property
     def last(self) -> bool:
@@ -92,7 +97,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        data: ImageData,
+        data: Examples,
         config: TrainConfig,
         *,
         seed: int,
@@ -114,7 +119,7 @@ class Trainer:
         self.feed = Feed(data, device)
         self.labels = data.labels
         self.num_classes, self.class_names = data.num_classes, data.class_names
-        self.augment = build_augmentation(config.augmentation, data.image_size[0])
+        self.augment = augmentation_of(config.augmentation, data)
         self.optimizer = build_optimizer(config, task.parameters())
         self.average = (
             AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -125,7 +130,8 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.epoch = 0
         self.sums = self._nothing()
-        self.watch = Watch(self.optimizer, math.ceil(len(data.labels) / self.steps_per_epoch), device)
+        self.skips, self.skipped = config.on_nonfinite == "skip", 0
+        self.watch = Watch(self.optimizer, math.ceil(len(data.labels) / self.steps_per_epoch), device, skip=self.skips)
         self.model: torch.nn.Module = task
         steps = config.epochs * self.steps_per_epoch
         self.compiled = compile_mode(config, task.network, steps=steps, device=device, world=self.world)
@@ -164,7 +170,7 @@ class Trainer:
             epoch: from 0.
             step: within the epoch, from 0.
             index: row numbers ``(B,)``, on the device, as are the following.
-            images: uint8 ``(B, H, W, C)``.
+            images: as the data set has them; uint8 ``(B, H, W, C)``, or another kind (:mod:`krdistill.kinds`).
             labels: ``(B,)``.
             total: with many processes, images of the whole batch: these are this process's :func:`share` of it, or the
                 whole batch where images are mixed.
@@ -172,10 +178,11 @@ class Trainer:
         sizes = share_sizes(total, self.world) if self.world.size > 1 and total is not None else None
         if self.compiled == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
+        before = self._changing() if self.skips else []
         progress = (epoch * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
         replay = self.answers.replay(epoch) if self.answers is not None else None
         seed, view = replay if replay is not None else (self.seed, epoch)
-        images = self.augment(images.permute(0, 3, 1, 2), index, seed=seed, epoch=view)
+        images = self.augment(as_batch(images), index, seed=seed, epoch=view)
         if self.config.mixup > 0:
             images, partner, weight = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=epoch, step=step)
             own = (share(t, self.world) for t in (images, labels, labels[partner], index))  # partners may be elsewhere
@@ -190,11 +197,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.watch.look(epoch * self.steps_per_epoch + step, out.terms.terms)
-        self.optimizer.step()
+        if self.watch.freezes or not self.skips or not bool(self.watch.flag):
+            self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.task.network)
+        with torch.no_grad():
+            for now, old in before:
+                now.copy_(torch.where(self.watch.flag > 0, old, now))
         step_output: StepOutput = out
         return step_output
+
+    def _changing(self) -> list[tuple[Tensor, Tensor]]:
+        """What a step changes besides parameters and the optimiser's state, with copies: a step may be left out."""
+        average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
+        return [(now, now.detach().clone()) for now in (*self.task.buffers(), *average)]
 
     def _compile(self) -> None:
         """Has the networks compiled, on a batch of every size there is; nothing of the training's state is moved.
@@ -222,7 +238,7 @@ class Trainer:
     def _try(self, size: int) -> None:
         """A step on that many images that changes no parameter."""
         index, images, labels = next(self.feed.run([torch.arange(size)]))
-        images = self.augment(images.permute(0, 3, 1, 2), index, seed=self.seed, epoch=0)
+        images = self.augment(as_batch(images), index, seed=self.seed, epoch=0)
         if self.config.mixup > 0:
             images = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=0, step=0)[0]
         answer = self.answers.read(0, index, self.device) if self.answers is not None else None
@@ -239,7 +255,7 @@ class Trainer:
             index, images, labels = next(self.feed.run([rows]))
             answer = self.answers.read(0, index, self.device) if self.answers is not None else None
             sizes = share_sizes(smallest, self.world)
-            out = model(images.permute(0, 3, 1, 2), labels, index=index, progress=0.5, answer=answer, sizes=sizes)
+            out = model(as_batch(images), labels, index=index, progress=0.5, answer=answer, sizes=sizes)
             loss: Tensor = out.terms.total().mean()
             return loss
 
@@ -279,7 +295,8 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(done + 1, total)
         self.check()
-        sums, count = self.sums, len(self.labels)
+        sums = self.sums
+        count = max(1, len(self.labels) - int(sums["left_out"]))
         loss = {name: float(value) / count for name, value in sums["terms"].items()}
         loss["total"] = sum(loss.values())
         self.epoch += 1
@@ -292,6 +309,8 @@ class Trainer:
             loss=loss,
             train_accuracy=float(sums["right"]) / count,
             stats={name: (value / sums["seen"]).tolist() for name, value in sums["stats"].items()},
+            skipped=sums["skipped"],
+            skipped_words=sums["skipped_words"],
         )
 
     def _nothing(self) -> dict[str, Any]:
@@ -300,30 +319,39 @@ class Trainer:
         seen = torch.zeros(self.num_classes, device=self.device, dtype=torch.float64)
         return {
             "steps": 0, "lr": self.config.lr, "seconds": 0.0, "terms": {}, "stats": {}, "right": zero, "seen": seen,
+            "left_out": zero.clone(), "skipped": 0, "skipped_words": "",
         }  # fmt: skip
 
     def _add(self, out: StepOutput) -> None:
         """Adds a step's measurements to the epoch's, on the device."""
         sums, labels = self.sums, out.labels
+
+        def counted(values: Tensor) -> Tensor:
+            return values.masked_fill(self.watch.flag > 0, 0) if self.skips else values
+
         with torch.no_grad():
             for name, value in out.terms.terms.items():
-                sums["terms"][name] = sums["terms"].get(name, 0) + value.detach().sum(dtype=torch.float64)
-            sums["seen"].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+                sums["terms"][name] = sums["terms"].get(name, 0) + counted(value.detach()).sum(dtype=torch.float64)
+            ones = torch.ones_like(labels, dtype=torch.float64)
+            sums["seen"].index_add_(0, labels, counted(ones))
             for name, value in out.terms.stats.items():
                 per_class = sums["stats"].setdefault(name, torch.zeros_like(sums["seen"]))
-                per_class.index_add_(0, labels, value.to(torch.float64))
-            sums["right"] += (out.logits.argmax(1) == labels).sum()
+                per_class.index_add_(0, labels, counted(value.to(torch.float64)))
+            sums["right"] += counted(out.logits.argmax(1) == labels).sum()
+            if self.skips:
+                sums["left_out"] += self.watch.flag * len(labels)
 
     def check(self) -> None:
         """Looks whether every step so far gave finite numbers; this reads the device.
 
         Raises:
-            DivergedError: one did not.
+            DivergedError: one did not; where such steps are left out, too many.
         """
         found = self.watch.found()
         if found is None:
             return
         number, terms = found
+        count, most = self.watch.clear(), max(3, self.config.epochs * self.steps_per_epoch // 100)
         epoch, step = divmod(number, self.steps_per_epoch)
         rows = self.batches(epoch)[step]
         labels = self.labels[rows]
@@ -340,7 +368,15 @@ class Trainer:
         if words:
             what = f"The loss is not finite (terms: {'; '.join(words)})"
         config = self.config
+        if self.skips:
+            self.skipped += count
+            self.sums["skipped"] += count
+            self.sums["skipped_words"] = self.sums["skipped_words"] or f"{what} in step {step + 1}."
+            if self.skipped <= most:
+                return
         frozen = " Nothing was updated from there on." if self.watch.freezes else ""
+        if self.skips:
+            frozen = f" {self.skipped} steps were left out; at most {most} may be."
         raise DivergedError(
             f"{what} in step {step + 1} of epoch {epoch + 1}.{frozen} "
             f"Try a lower learning rate than {config.lr:g}, or more warm-up than {config.warmup:g} of the run.",
@@ -371,12 +407,14 @@ class Trainer:
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
+            "skipped": self.skipped,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state` gave, in the middle of an epoch too."""
         self.epoch = int(state["epoch"])
-        self.sums = _to(state["sums"], self.device)
+        self.sums = {**self._nothing(), **_to(state["sums"], self.device)}
+        self.skipped = int(state.get("skipped", 0))
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -394,17 +432,24 @@ class Watch:
         optimizer: of the training.
         batch_size: of the largest batch.
         device: of the training.
+        skip: whether every bad step is left out for itself, and the next one is taken.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, batch_size: int, device: torch.device, *, skip: bool = False
+    ) -> None:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.flag = torch.zeros((), device=device)
         self.first = torch.full((), -1, device=device)
         self.names: list[str] = []
         self.values = torch.zeros(0, batch_size, device=device)
+        self.skip, self.count = skip, torch.zeros((), dtype=torch.int64, device=device)
         self.freezes = bool(optimizer.defaults["fused"])
         if self.freezes:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        if skip and isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:
+            for parameter in self.parameters:  # a first step that is left out would leave them as the memory was
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def look(self, number: int, terms: dict[str, Tensor]) -> None:
@@ -421,16 +466,26 @@ class Watch:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))  # the largest values would take seven times as long
         bad = ~(values.isfinite().all() & norms.isfinite().all())
-        new = bad & (self.flag == 0)
+        new = bad & (self.first < 0)
+        self.count += bad
         self.first.copy_(torch.where(new, number, self.first))
         padded = torch.nn.functional.pad(values, (0, rows - values.shape[1]))
         self.values.copy_(torch.where(new, padded, self.values))
-        self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
+        bad = bad.to(self.flag.dtype)
+        self.flag.copy_(bad if self.skip else torch.maximum(self.flag, bad))
 
     def found(self) -> tuple[int, dict[str, Tensor]] | None:
         """The first bad step's number and its terms ``(B,)``, padded with zeros, on the CPU; None where all is well."""
         number = int(self.first)
         return None if number < 0 else (number, dict(zip(self.names, self.values.cpu(), strict=True)))
+
+    def clear(self) -> int:
+        """How many steps were bad since this was asked last; where each is left out, the next one is a first again."""
+        count = int(self.count)
+        if self.skip:
+            self.count.zero_()
+            self.first.fill_(-1)
+        return count
 
 
 def _some(words: Iterable[str], limit: int = 8) -> str:
@@ -473,7 +528,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def collect_outputs(
     network: torch.nn.Module,
-    data: ImageData,
+    data: Examples,
     *,
     device: torch.device,
     batch_size: int = 256,
@@ -493,7 +548,7 @@ def collect_outputs(
     with torch.no_grad():
         for done in range(0, len(own), batch_size):
             first, last = int(own[done]), int(own[min(done + batch_size, len(own)) - 1])
-            out = network(data.images[first : last + 1].to(device).permute(0, 3, 1, 2))
+            out = network(as_batch(data.inputs[first : last + 1].to(device)))
             logits.append(out.logits.float().cpu())
             features.append(out.feature.float().cpu())
             if on_step is not None:

@@ -1,0 +1,245 @@
+"""Sentences and rows of numbers through the whole job: a run, its file for the device, and predictions with it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from krdistill import Distiller
+from krdistill.cli import main
+from krdistill.config import load_config
+from krdistill.data import DataBundle, FeatureData, load_data
+from krdistill.deploy import export_network
+from krdistill.deploy.inputs import listed_entries
+from krdistill.deploy.measuring import measure_file
+from krdistill.deploy.onnx import ExportError, export_onnx
+from krdistill.deploy.predicting import predict
+from krdistill.deploy.runtime import DeviceModel
+from krdistill.errors import ArgumentError, ConfigError, ModelError
+from krdistill.kinds import encode_texts
+from krdistill.models.network import load_network
+from krdistill.pipeline import estimate_seconds, prepare, run
+
+SCHEDULE = {"epochs": 6, "batch_size": 16, "optimizer": "adamw", "lr": 0.02, "augmentation": "word-dropout"}
+ASKS = {
+    "card": ("where is my card", "my card did not come", "when will the card arrive", "card not here yet"),
+    "lost": ("I lost it", "someone stole my wallet", "it was stolen", "cannot find it, lost"),
+    "rate": ("what is the exchange rate", "how many euros for a dollar", "rate of the pound", "do you exchange yen"),
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of three classes, 40, 16 and 8 of them, and 8 of each to test on."""
+    path = tmp_path_factory.mktemp("text") / "asks.csv"
+    rows = []
+    for (label, texts), n in zip(ASKS.items(), (40, 16, 8), strict=True):
+        rows += [(f"{texts[i % 4]} {'please ' * (i // 4 % 3)}{i}", label, "train") for i in range(n)]
+        rows += [(f"hello, {texts[i % 4]} {100 + i}", label, "test") for i in range(8)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "split"), *rows])
+    return path
+
+
+def config(table: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data": {"source": str(table), "groups": "thirds"}, "teacher": {"model": "text_cnn16"},
+        "student": {"model": "ngram256x8"}, "train": dict(SCHEDULE), "recipe": "krdistill", "baselines": ["kd"],
+        "bank": {"views": 3}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    out = tmp_path_factory.mktemp("run") / "text"
+    plan = prepare(load_config(config(table)))
+    assert set(estimate_seconds(plan, out)) == {"teacher", "bank", "baselines/kd", "student"}
+    run(plan, out, report=True)
+    return out
+
+
+def test_a_run_on_sentences(finished: Path, table: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["teacher"]["top1"] > 0.8 and metrics["student"]["top1"] > 0.8
+    assert metrics["student"]["parameters"] < 10_000 and (finished / "report.html").is_file()
+    network = load_network(finished / "student")
+    assert network.kind == "text" and network.class_names == ("card", "lost", "rate")
+    before = (finished / "student" / "model.safetensors").read_bytes()
+    again = finished.parent / "again"
+    run(prepare(load_config(config(table))), again, report=False)
+    assert (again / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_the_file_for_the_device_answers_as_the_student_does(finished: Path, table: Path) -> None:
+    data = load_data(table)
+    network, model = load_network(finished / "student").eval(), DeviceModel(finished / "student.onnx")
+    assert model.kind == "text" and model.class_counts == (40, 16, 8)
+    texts = ["where is my card", "a", "ÄÖ ?!", "x" * 900, *(f"{t}, please" for ts in ASKS.values() for t in ts)]
+    with torch.no_grad():
+        ours = network(torch.from_numpy(encode_texts(texts))).logits.softmax(1).numpy()
+    np.testing.assert_allclose(model(encode_texts(texts)), ours, atol=1e-5)
+    for text, p in zip(texts, ours, strict=True):  # whatever else is in the batch
+        np.testing.assert_allclose(model(encode_texts([text]))[0], p, atol=1e-5)
+    measured = measure_file(finished / "student.onnx", threads=(1,), batches=(1,), seconds=0.05)
+    assert measured["runs"][0]["batch"] == 1 and measured["bytes"] < 100_000
+    p = model(data.test.inputs.numpy())
+    assert (p.argmax(1) == data.test.labels.numpy()).mean() > 0.8
+
+
+def test_predictions_for_sentences(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.txt").write_text("where is my card\n\nsomeone stole it, lost\n", encoding="utf-8")
+    (tmp_path / "table.tsv").write_text("id\ttext\n1\twhat is the rate\n", encoding="utf-8")
+    (tmp_path / "none.csv").write_text("a,b\n1,2\n")
+    given = [str(tmp_path / name) for name in ("lines.txt", "table.tsv", "none.csv", "gone.txt")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(finished / "student.onnx"), *given])
+    shown = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert stopped.value.code == 3 and [r["class"] for r in shown] == ["card", "", "lost", "rate", "", ""]
+    assert shown[0]["text"] == "where is my card" and shown[1]["error"] == "an empty sentence"
+    assert "expected a column 'text', got a, b" in shown[4]["error"] and "no such file" in shown[5]["error"]
+    model = DeviceModel(finished / "student.onnx")
+    lines = io.BytesIO(b"exchange rate of the dollar?\r\nmy card\n")
+    found = list(predict(model, listed_entries(["-"], "text", 1, lines), top=2))
+    assert [p.classes[0] for p in found] == ["rate", "card"] and found[0].path == "exchange rate of the dollar?"
+
+
+def test_predicting_needs_no_torch(finished: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from krdistill.deploy.runtime import DeviceModel; "
+        "from krdistill.deploy.predicting import predict; from krdistill.deploy.inputs import listed_entries; "
+        f"model = DeviceModel(Path({str(finished / 'student.onnx')!r})); import io; "
+        "print(next(iter(predict(model, listed_entries(['-'], 'text', 1, io.BytesIO(b'my card'))))).classes[0]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "card", done.stderr
+
+
+def test_other_formats(finished: Path, table: Path, tmp_path: Path) -> None:
+    plan = prepare(load_config(config(table)))
+    network = load_network(finished / "student")
+    for form, precision in (("onnx", "float16"), ("pt2", "float32"), ("safetensors", "float32")):
+        out = tmp_path / f"{form}-{precision}{'' if form == 'safetensors' else '.' + form}"
+        report = export_network(
+            network, out, test=plan.data.test, groups=plan.groups, form=form, precision=precision, max_drop=5,
+            max_rare_drop=15,
+        )  # fmt: skip
+        assert report["agreement"] > 0.9 and report["images"] == 24
+    with pytest.raises(ArgumentError, match="take float16 for sentences"):
+        export_network(network, tmp_path / "a.onnx", test=plan.data.test, groups=plan.groups, precision="int8")
+
+
+def test_what_does_not_go_together(table: Path, finished: Path, tmp_path: Path) -> None:
+    def refused(error: type[Exception], words: str, **more: Any) -> None:
+        with pytest.raises(error, match=words):
+            prepare(load_config(config(table, **more)))
+
+    refused(ArgumentError, "'crop-flip' is for images; for sentences", train={**SCHEDULE, "augmentation": "crop-flip"})
+    refused(ArgumentError, "Unknown augmentation 'word-drop'", train={**SCHEDULE, "augmentation": "word-drop"})
+    refused(ConfigError, "only images can be mixed", train={**SCHEDULE, "mixup": 0.2}, bank={"views": 0})
+    refused(ModelError, "'resnet8' is for images, the data are sentences", student={"model": "resnet8"})
+    refused(ModelError, "asked about images, not sentences", teacher={"file": str(finished / "student.onnx")})
+    write = "\n".join(f"{i},{i % 7},{label}" for i, label in enumerate([*ASKS] * 10))
+    (tmp_path / "rows.csv").write_text(f"a,b,label\n{write}\n")
+    refused(
+        ModelError,
+        "takes sentences; the data are rows of 2 numbers",
+        data={"source": str(tmp_path / "rows.csv")},
+        teacher={"run": str(finished)},
+        student={"model": "linear"},
+        train={**SCHEDULE, "augmentation": "none"},
+    )
+
+
+def test_a_frozen_encoder_teaches(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRDISTILL_CACHE", str(tmp_path / "cache"))
+    transformers = pytest.importorskip("transformers")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({w for ts in ASKS.values() for t in ts for w in t.split()}),
+    ]
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(0)
+    small = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(small).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    teacher = {"model": f"embedding:{folder}", "train": {"augmentation": "none", "epochs": 60, "lr": 0.1}}
+    plan = prepare(load_config(config(table, teacher=teacher, baselines=[], bank={"views": 2}, export={"onnx": False})))
+    estimate_seconds(plan, tmp_path / "out")
+    metrics = run(plan, tmp_path / "out", report=False)
+    assert metrics["teacher"]["top1"] > 0.6 and metrics["student"]["top1"] > 0.6
+    with pytest.raises(ExportError, match="no file for a device can hold it"):
+        export_onnx(load_network(tmp_path / "out" / "teacher"), tmp_path / "t.onnx")
+
+
+def test_a_run_on_rows_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    rng = np.random.default_rng(0)
+    centres, y = rng.normal(size=(4, 5)) * 3, np.repeat(np.arange(4), (60, 30, 12, 5))
+    x = (centres[y] + rng.normal(size=(len(y), 5))) * [1, 1000, 0.01, 1, 1]
+    test_y = np.repeat(np.arange(4), 20)
+    test = (centres[test_y] + rng.normal(size=(80, 5))) * [1, 1000, 0.01, 1, 1]
+    np.savez(tmp_path / "rows.npz", x_train=x, y_train=y, x_test=test, y_test=test_y)
+    plan = prepare(load_config({
+        "data": {"source": str(tmp_path / "rows.npz"), "groups": "thirds"}, "teacher": {"model": "mlp_32_32"},
+        "student": {"model": "mlp_8"}, "train": {"epochs": 15, "batch_size": 16, "augmentation": "none"},
+        "recipe": "krdistill", "baselines": ["simkd", "crd"],
+    }))  # fmt: skip
+    metrics = run(plan, tmp_path / "run", report=False)
+    assert metrics["student"]["top1"] > 0.85 and metrics["baselines"]["crd"]["top1"] > 0.7
+    model = DeviceModel(tmp_path / "run" / "student.onnx")
+    assert model.kind == "features" and model.channels == 5
+    p = model(test.astype(np.float32))
+    assert (p.argmax(1) == test_y).mean() == pytest.approx(metrics["student"]["top1"], abs=0.02)
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["a", "b", "label", "c", "d", "e"], *([*r[:2], "?", *r[2:]] for r in test[:3].tolist())]
+        )
+        file.write("1,2,x,old,4,5\n1,2,x,nan,4,5\n")
+    (tmp_path / "few.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "run" / "student.onnx"), str(tmp_path / "rows.csv"), str(tmp_path / "few.csv")])
+    shown = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [r["class"] for r in shown[:3]] == [str(k) for k in p[:3].argmax(1)] and shown[0]["row"].endswith(
+        "rows.csv:2"
+    )
+    assert [r["error"] for r in shown[3:]] == [
+        "expected a number in every column", "NaN, infinity or a number that is too large",
+        "expected 5 columns of numbers, got 2",
+    ]  # fmt: skip
+
+
+def test_sentences_and_rows_as_one_object(table: Path) -> None:
+    schedule = {"epochs": 5, "augmentation": "none", "optimizer": "adamw", "lr": 0.02, "batch_size": 16}
+    distiller = Distiller("ngram512x16", "ngram128x8", train=schedule, groups="thirds").fit(table)
+    assert distiller.evaluate()["top1"] > 0.7
+    p = distiller.predict(["where is my card", "someone stole my wallet", "exchange rate of the euro"])
+    assert p.shape == (3, 3) and p.argmax(1).tolist() == [0, 1, 2]
+    with pytest.raises(ArgumentError, match="Expected sentences"):
+        distiller.predict(torch.zeros(2, 8, 8, 1, dtype=torch.uint8))
+    x, y = torch.randn(60, 3), torch.arange(60) % 2
+    x[:, 0] += 4 * y
+    rows = FeatureData(x, y, ("a", "b"), tuple(map(str, range(60))))
+    own = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    distiller = Distiller(None, own, recipe="none", train={**schedule, "epochs": 20}).fit(DataBundle(rows, rows))
+    assert (distiller.predict(x).argmax(1) == y).float().mean() > 0.9
