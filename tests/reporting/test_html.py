@@ -290,3 +290,36 @@ def test_a_missing_package_is_named(make_run: MakeRun, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingDependencyError, match=r"jinja2.*pip install 'krdistill\[train\]'"):
         write_report(run)
+
+
+def _exported(run: Path) -> dict[str, Any]:
+    scores = {"top1": 0.75, "groups": {"many": 0.9, "medium": 0.8, "few": 0.5}}
+    report = {
+        "file": "student-<b>int8.onnx", "precision": "int8", "bytes": 2048, "before": scores, "agreement": 0.985,
+        "after": {"top1": 0.74, "groups": {**scores["groups"], "few": 0.45}}, "largest_difference": 0.125,
+        "drop": {"all": 1.0, "rarest": 5.0, "rarest_group": "few"},
+    }  # fmt: skip
+    (run / "exports").mkdir(exist_ok=True)
+    write_json(run / "exports" / "student-int8.onnx.json", report)
+    return report
+
+
+def test_exports_and_what_they_cost_are_shown(lean_run: Path) -> None:
+    _exported(lean_run)
+    measured = {
+        "file": "student.onnx", "bytes": 4096, "parameters": 1500, "macs": 2_500_000, "processor": "a processor",
+        "runs": [{"threads": 1, "batch": 32, "median_ms": 1.5, "p95_ms": 2.25, "peak_bytes": 3 * 2**20}],
+    }  # fmt: skip
+    write_json(lean_run / "student.onnx.device.json", measured)
+    made = Page(write_report(lean_run).read_text(encoding="utf-8"))
+    text = " ".join(made.text("device").split())
+    assert "student-<b>int8.onnx int8 2 KiB 75.0% 74.0% 50.0% 45.0% 1.2e-01 98.5%" in text
+    assert "student.onnx a processor 1.5k 2.5M 1 32 1.500 ms 2.250 ms 3.0 MiB" in text
+
+
+def test_damaged_records_of_exports_are_told(lean_run: Path) -> None:
+    report = _exported(lean_run)
+    del report["after"]
+    write_json(lean_run / "exports" / "student-int8.onnx.json", report)
+    with pytest.raises(RunFolderError, match="record of an exported file is damaged"):
+        write_report(lean_run)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ..errors import MissingDependencyError, RunFolderError
-from ..files import read_json, write_text
+from ..config import parse_yaml, read_text
+from ..errors import ConfigError, MissingDependencyError, RunFolderError
+from ..files import read_arrays, read_json, write_text
 from . import tables
 from .tables import NA, NetworkRow, clean, percent
 
@@ -24,13 +22,14 @@ try:
     import jinja2
     from markupsafe import Markup
 
-    from . import figures
+    from . import calibration, figures
 except ImportError as error:
     raise MissingDependencyError(
         f"The report needs the package {error.name}: pip install 'krdistill[train]'."
     ) from None
 
 REPORT = "report.html"
+MEASURED = ".device.json"  # what bench-device --save adds to a file's name
 _PARTS = (("train", "training"), ("val", "validation"), ("test", "test"))
 LISTED_CLASSES = 2000  # more classes than this are not listed one by one; metrics.json holds them
 
@@ -46,7 +45,10 @@ class RunFiles:
     provenance: dict[str, Any]
     config: dict[str, Any]
     export: dict[str, Any] | None
+    calibration: dict[str, Any] | None
     log: list[dict[str, Any]]
+    exports: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> figures.Classes | None:
@@ -88,7 +90,10 @@ def read_run(run_dir: Path) -> RunFiles:
         provenance=_read(run_dir / "provenance.json") or {},
         config=_config(run_dir / "config.yaml"),
         export=_read(run_dir / "export.json"),
+        calibration=_calibration(run_dir / "calibration.json", split),
         log=_log(run_dir / "log.jsonl"),
+        exports=_named(run_dir / "exports", ".json"),
+        measured={**_named(run_dir, MEASURED), **_named(run_dir / "exports", MEASURED)},
     )
     if split is not None:
         K = len(split["class_names"])
@@ -152,6 +157,8 @@ def _content(files: RunFiles, title: str) -> dict[str, Any]:
         "class_rows": _class_rows(files, rows),
         "listed_classes": LISTED_CLASSES,
         "reliability": _panels(figures.reliability(rows, files.predictions)) if files.predictions else [],
+        "calibrations": _calibrations(files.calibration, rows),
+        "devices": _devices(files),
         "confusions": [_confusion(r) for r in rows if r.metrics.get("group_confusion")],
         "curves": _panels(figures.training_curves(files.log, rows)) if files.log else [],
         "corrections": _panels(figures.correction_rates(files.log, rows)) if files.log else [],
@@ -244,6 +251,56 @@ def _class_rows(files: RunFiles, rows: Sequence[NetworkRow]) -> list[dict[str, A
     ]
 
 
+def _devices(files: RunFiles) -> list[tuple[list[str], list[list[str]]]]:
+    """Exported files and their accuracy before and after; what they cost where they were measured."""
+    try:
+        exported = [
+            [e["file"], e["precision"], f"{e['bytes'] / 1024:,.0f} KiB", percent(e["before"]["top1"]),
+             percent(e["after"]["top1"]), *(percent(e[when]["groups"].get(e["drop"]["rarest_group"]))
+             for when in ("before", "after")), f"{e['largest_difference']:.1e}", percent(e["agreement"])]
+            for e in files.exports.values()
+        ]  # fmt: skip
+        measured = [
+            [m["file"], m["processor"], tables.count(m["parameters"]), tables.count(m["macs"]),
+             f"{r['threads']}", f"{r['batch']}", f"{r['median_ms']:.3f} ms", f"{r['p95_ms']:.3f} ms",
+             f"{r['peak_bytes'] / 2**20:,.1f} MiB"]
+            for m in files.measured.values() for r in m["runs"]
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"A record of an exported file is damaged ({error!r}). Export it again.") from None
+    made = [
+        (["file", "precision", "size", "all, before", "all, after", "rarest group, before", "rarest group, after",
+          "largest difference", "same class"], exported),
+        (["file", "processor", "parameters", "multiply-accumulates", "threads", "batch", "median", "95th percentile",
+          "peak memory"], measured),
+    ]  # fmt: skip
+    return [(header, lines) for header, lines in made if lines]
+
+
+def _named(folder: Path, ending: str) -> dict[str, Any]:
+    """JSON files of a folder, by name; those of measurements are none of ``.json`` alone."""
+    found = sorted(folder.glob(f"*{ending}")) if folder.is_dir() else []
+    return {p.name: _read(p) for p in found if ending == MEASURED or not p.name.endswith(MEASURED)}
+
+
+def _calibrations(found: Mapping[str, Any] | None, rows: Sequence[NetworkRow]) -> list[dict[str, Any]]:
+    """Every calibrated network: its errors before and after as tables, and its reliability."""
+    labels = {r.key.removeprefix("baselines/"): r.label for r in rows}
+    try:
+        return [
+            {
+                "label": labels.get(key, key),
+                "method": entry["method"],
+                "tables": tables.calibration_rows(entry),
+                "panels": _panels(calibration.panels_as_svg(entry, name=f"n{i}", title=labels.get(key, key))),
+                "notes": entry["notes"],
+            }
+            for i, (key, entry) in enumerate((found or {}).get("networks", {}).items())
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"calibration.json is damaged ({error!r}). Delete it and calibrate again.") from None
+
+
 def _confusion(row: NetworkRow) -> dict[str, Any]:
     table = row.metrics["group_confusion"]
     return {"label": row.label, "names": list(table), "rows": [(n, list(r.values())) for n, r in table.items()]}
@@ -289,12 +346,20 @@ def _read(path: Path) -> Any:
         raise RunFolderError(f"{path} is damaged ({error}). Delete it and run again.") from None
 
 
+def _calibration(path: Path, split: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """``calibration.json``; one about other data than the run's is passed over."""
+    found: dict[str, Any] | None = _read(path)
+    if found is None or split is None or found.get("split_checksum") != split.get("checksum"):
+        return None
+    return found
+
+
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+        values = parse_yaml(read_text(path), str(path))
+    except ConfigError as error:
         raise RunFolderError(f"{path} is damaged ({error}).") from None
     if not isinstance(values, dict):
         raise RunFolderError(f"{path} is damaged: expected sections, got {type(values).__name__}.")
@@ -317,11 +382,10 @@ def _predictions(path: Path) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_arrays(path)
         shapes = {a.shape for a in arrays.values()}
         if "labels" not in arrays or len(shapes) != 1:
             raise ValueError(f"arrays {sorted(arrays)} of shapes {sorted(shapes)}")
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError) as error:
         raise RunFolderError(f"{path} is damaged ({error}). Delete it and metrics.json, and run again.") from None
     return arrays

@@ -120,6 +120,47 @@ def comparison_columns(rows: Sequence[NetworkRow]) -> list[Column]:
     return made
 
 
+def calibration_rows(
+    entry: Mapping[str, Any], methods: Sequence[str] | None = None
+) -> list[tuple[list[str], list[list[str]]]]:
+    """How a network is calibrated, before and after.
+
+    Args:
+        entry: its part of ``calibration.json``.
+        methods: which; by default all that are there.
+
+    Returns:
+        Headers and rows, first over all images, then of each group.
+    """
+    shown = [m for m in (entry["methods"] if methods is None else methods) if m != "none"]
+    lines = [("before", entry["before"]), *((m, entry["methods"][m]["after"]) for m in shown)]
+    made = []
+    for name in (None, *entry["before"]["groups"]):
+        rows = [(label, found if name is None else found["groups"][name]) for label, found in lines]
+        images = rows[0][1]["images"] if rows[0][1] is not None else 0
+        title = f"{'all' if name is None else clean(name)}, {images:,} {entry['noun']}"
+        head = [title, *(h for _, h, _ in _CALIBRATION)]
+        cells = [[_calibration_cell(row, key, form) for key, _, form in _CALIBRATION] for _, row in rows]
+        made.append((head, [[label, *c] for (label, _), c in zip(rows, cells, strict=True)]))
+    return made
+
+
+_CALIBRATION = (
+    ("top1", "accuracy", "{:.1%}"),
+    ("confidence", "confidence", "{:.1%}"),
+    ("ece", "ECE", "{:.2%}"),
+    ("balanced_ece", "balanced ECE", "{:.2%}"),
+    ("adaptive_ece", "adaptive ECE", "{:.2%}"),
+    ("classwise_ece", "class-wise ECE", "{:.3%}"),
+    ("brier", "Brier", "{:.4f}"),
+    ("nll", "NLL", "{:.3f}"),
+)
+
+
+def _calibration_cell(row: Mapping[str, Any] | None, key: str, form: str) -> str:
+    return NA if row is None else form.format(row[key])
+
+
 def summary_sentences(metrics: Mapping[str, Any]) -> list[str]:
     """What a run came to, in sentences: how good the student is, and against whom."""
     rows = {r.key: r for r in networks(metrics)}

@@ -1,0 +1,175 @@
+"""How well calibration fitted on a long-tailed validation part holds on a balanced test set.
+
+    python benchmarks/calibration.py [--seeds N] [--runs FOLDER] [--json PATH]
+
+CIFAR-100-LT with imbalance factor 100, at most 200 images of a class, 16x16 pixels, a fifth of every class for
+validation: ResNet-20 teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs each.
+Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which the
+test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
+
+Runs that are in FOLDER already are not trained again. The file is written from a clean source tree alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from krdistill.calibrating import ask, calibrate
+from krdistill.calibration import METHODS, Calibrator
+from krdistill.calibration.head_to_tail import (
+    class_statistics,
+    head_classes,
+    importance_weights,
+    transferred_statistics,
+)
+from krdistill.calibration.temperature import best_temperature
+from krdistill.config import load_config
+from krdistill.evaluation import evaluate_calibration
+from krdistill.evaluation.calibration import MEASURES
+from krdistill.pipeline import prepare, run
+from krdistill.runfolder import METRICS, environment
+
+CONFIG = [
+    ("name", "calibration"),
+    ("data.image_size", "16"),
+    ("data.n_max", "200"),
+    ("data.val_fraction", "0.2"),
+    ("train.epochs", "20"),
+    ("train.evaluate_every", "20"),
+    ("recipe", "krdistill"),
+    ("baselines", "[none]"),
+    ("export.onnx", "false"),
+]
+NETWORKS = ("teacher", "none", "student")
+ALPHAS = (1.0, 0.998, 0.99, 0.95, 0.9)
+
+
+def measure(folder: Path, network: str) -> dict[str, Any]:
+    """Every method on one network of a run, and what explains the temperatures."""
+    judged = ask(folder, network, features=True)
+    found = calibrate(judged, tuple(METHODS))
+    rows = {"before": found["before"], **{m: e["after"] for m, e in found["methods"].items() if m != "none"}}
+    z, y = judged.val.logits.double().numpy(), judged.val_labels.numpy()
+    K = z.shape[1]
+
+    def at(T: float) -> dict[str, Any]:
+        made = Calibrator("temperature", K, {"temperature": T})
+        return evaluate_calibration(made(judged.test.logits), judged.test_labels, judged.groups)
+
+    temperatures = {
+        m: e["calibrator"]["parameters"]["temperature"]
+        for m, e in found["methods"].items()
+        if m in ("temperature", "balanced-temperature", "head-to-tail")
+    }
+    temperatures["oracle"] = best_temperature(judged.test.logits.double().numpy(), judged.test_labels.numpy())
+    rows["oracle"] = at(temperatures["oracle"])
+    assert judged.train is not None
+    known = class_statistics(judged.train.feature.double().numpy(), judged.train_labels.numpy(), K)
+    features, head = judged.val.feature.double().numpy(), head_classes(known.counts)
+    transfer = []
+    for alpha in ALPHAS:
+        weights = importance_weights(features, y, known, transferred_statistics(known, head, alpha=alpha))
+        T, tail = best_temperature(z, y, weights), weights[~head[y]]
+        transfer.append(
+            {
+                "alpha": alpha,
+                "temperature": T,
+                "tail_weight": float(tail.mean()),
+                "at_upper_clip": float((tail > 4.999).mean()),
+                "ece": at(T)["ece"],
+            }
+        )
+    correct = z.argmax(1) == y
+    parts = {name: part for name, part in (("head", head[y]), ("tail", ~head[y]))}
+    return {
+        "validation": {
+            name: {"images": int(part.sum()), "top1": float(correct[part].mean())} for name, part in parts.items()
+        },
+        "temperatures": temperatures,
+        "methods": {name: _kept(row) for name, row in rows.items()},
+        "transfer": transfer,
+    }
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row and of its groups, without the curves."""
+    keys = ("top1", "confidence", *MEASURES)
+    groups = {n: None if g is None else {k: g[k] for k in keys} for n, g in row["groups"].items()}
+    return {**{k: row[k] for k in keys}, "groups": groups}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over the seeds (0 for one)."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def summarise(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Network to method to measure to mean and spread, over all and by group."""
+    first = next(iter(seeds.values()))
+    made: dict[str, Any] = {}
+
+    def over(get: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+        return spread([get(found) for found in seeds.values()])
+
+    for network in NETWORKS:
+        made[network] = {}
+        for method, row in first[network]["methods"].items():
+            made[network][method] = {
+                k: over(lambda s, n=network, m=method, k=k: s[n]["methods"][m][k])  # type: ignore[misc]
+                for k in ("top1", "confidence", *MEASURES)
+            }
+            made[network][method]["groups"] = {
+                g: {
+                    k: over(lambda s, n=network, m=method, g=g, k=k: s[n]["methods"][m]["groups"][g][k])  # type: ignore[misc]
+                    for k in ("ece", "nll")
+                }
+                for g, found in row["groups"].items()
+                if found is not None
+            }
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, help="keep the runs here, as seed<N>; by default they are removed")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    provenance = environment(torch.device("cpu"))
+    if arguments.json and str(provenance["git"] or "").endswith("-dirty"):
+        parser.error("the source has changes that no commit holds; commit them first, or leave --json out")
+    seeds: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for seed in range(arguments.seeds):
+            folder = (arguments.runs or Path(place)) / f"seed{seed}"
+            if not (folder / METRICS).is_file():
+                run(prepare(load_config("cifar100-lt", [*CONFIG, ("seed", str(seed))])), folder, report=False)
+            seeds[str(seed)] = {network: measure(folder, network) for network in NETWORKS}
+    found = summarise(seeds)
+    for network, methods in found.items():
+        print(f"{network:<21}" + "".join(f"{m:>16}" for m in MEASURES) + f"{'T':>9}")
+        for method, row in methods.items():
+            T = [s[network]["temperatures"].get(method) for s in seeds.values()]
+            shown = f"{statistics.mean(T):9.3f}" if None not in T else ""
+            print(f"{method:<21}" + "".join(f"{row[m]['mean']:9.4f} ± {row[m]['std']:.4f}" for m in MEASURES) + shown)
+        for i, alpha in enumerate(ALPHAS):
+            at = [s[network]["transfer"][i] for s in seeds.values()]
+            words = ", ".join(f"{k} {statistics.mean(v[k] for v in at):.3f}" for k in at[0] if k != "alpha")
+            print(f"  alpha {alpha}: {words}")
+        print()
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"provenance": provenance, "config": dict(CONFIG), "summary": found, "seeds": seeds}
+        arguments.json.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
