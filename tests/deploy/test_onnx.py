@@ -79,3 +79,33 @@ def test_export_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert not network.training
+
+
+def test_a_file_that_takes_float_images_answers_as_the_other(tmp_path: Path, exported: tuple[Path, Network]) -> None:
+    from krdistill.deploy import DeviceModel
+    from krdistill.models.network import file_network
+
+    path, network = exported
+    floats = export_onnx(network, tmp_path / "floats.onnx", float_images=True)
+    session = onnxruntime.InferenceSession(str(floats), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == "tensor(float)"
+    images = _images()
+    batch = images.permute(0, 3, 1, 2).contiguous()
+    (got,) = session.run(None, {"images": (batch.float() / 255).numpy()})
+    (want,) = onnxruntime.InferenceSession(str(path)).run(None, {"images": batch.numpy()})
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    model = DeviceModel(floats)
+    np.testing.assert_array_equal(model(images.numpy()), got)  # raw images will do, as for every file
+    np.testing.assert_array_equal(model((images.float() / 255).numpy()), got)
+    teacher = file_network(floats, class_names=network.class_names, images=images)  # normalised once, not twice
+    with torch.no_grad():
+        np.testing.assert_allclose(teacher(batch).logits.softmax(1).numpy(), want, atol=1e-5)
+
+
+def test_float_images_are_for_images(tmp_path: Path) -> None:
+    from krdistill.errors import ArgumentError
+
+    rows = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    network = build_network("mlp8", class_names=("a", "b"), images=rows)
+    with pytest.raises(ArgumentError, match="takes rows"):
+        export_onnx(network, tmp_path / "no.onnx", float_images=True)

@@ -15,14 +15,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..data.containers import ImageData
+from ..calibration import Calibrator
+from ..data.containers import Examples
 from ..errors import ArgumentError
 from ..evaluation import evaluate_predictions
 from ..files import replacing, write_json
+from ..kinds import NOUNS, as_batch
 from ..models.graphs import CARD
 from ..models.network import Network, load_network, save_network
 from ..priors import ClassGroups
-from .onnx import TOLERANCE, ExportError, deployed, device_card, example_images, export_onnx, quiet_export
+from .onnx import (
+    TOLERANCE,
+    ExportError,
+    check_exportable,
+    deployed,
+    device_card,
+    dynamic_shapes,
+    example_images,
+    export_onnx,
+    quiet_export,
+)
 from .quantising import quantise_onnx
 from .runtime import DeviceModel
 
@@ -37,12 +49,14 @@ def export_network(
     network: Network,
     out: Path,
     *,
-    test: ImageData,
+    test: Examples,
     groups: ClassGroups,
     form: str = "onnx",
     precision: str = "float32",
     class_counts: Sequence[int] | None = None,
     calibration: Tensor | None = None,
+    calibrator: Calibrator | None = None,
+    float_images: bool = False,
     max_drop: float = 0.5,
     max_rare_drop: float = 1.0,
 ) -> dict[str, Any]:
@@ -64,6 +78,9 @@ def export_network(
         class_counts: training images of each class, K numbers.
         calibration: images for ``int8``, uint8 ``(N, H, W, C)``
             (:func:`~krdistill.deploy.quantising.calibration_images`).
+        float_images: ``onnx`` alone: the file takes float32 images in [0, 1] instead.
+        calibrator: of the network, written along (``calibrator.json`` for ``safetensors``, else into the file's
+            metadata); the probabilities themselves stay uncalibrated, and so does the comparison.
         max_drop: points of accuracy on all test images that may be lost.
         max_rare_drop: points that the rarest group may lose.
 
@@ -86,12 +103,18 @@ def export_network(
         )
     if precision == "int8" and form != "onnx":
         raise ArgumentError(f"8-bit integers need ONNX Runtime: take the format onnx for int8, not {form}.")
+    if precision == "int8" and network.kind != "image":
+        raise ArgumentError(f"8-bit integers are for networks for images; take float16 for {NOUNS[network.kind]}.")
+    if form != "safetensors":
+        check_exportable(network)
     if precision == "int8" and (calibration is None or not len(calibration)):
         raise ArgumentError("Expected calibration images for int8, got none.")
+    if float_images and (form != "onnx" or precision == "int8"):
+        raise ArgumentError("Float images are for the format onnx in float32 or float16; others take uint8.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         made = Path(place) / out.name
-        _write(network, made, form, precision, class_counts, calibration)
+        _write(network, made, form, precision, class_counts, calibration, calibrator, float_images)
         report = compare_answers(_answer_of_network(network), _answer_of_file(made, form), test=test, groups=groups)
         files = sorted(made.iterdir()) if made.is_dir() else [made]
         report = {
@@ -112,7 +135,7 @@ def export_network(
     return report
 
 
-def compare_answers(before: Answer, after: Answer, *, test: ImageData, groups: ClassGroups) -> dict[str, Any]:
+def compare_answers(before: Answer, after: Answer, *, test: Examples, groups: ClassGroups) -> dict[str, Any]:
     """Compares two classifiers on the same images.
 
     Args:
@@ -130,7 +153,7 @@ def compare_answers(before: Answer, after: Answer, *, test: ImageData, groups: C
     """
     rows = range(0, len(test), _BATCH)
     answers = [
-        np.concatenate([ask(test.images[i : i + _BATCH]).astype(np.float64) for i in rows]) for ask in (before, after)
+        np.concatenate([ask(test.inputs[i : i + _BATCH]).astype(np.float64) for i in rows]) for ask in (before, after)
     ]
     broken = int((~np.isfinite(answers[1]).all(1)).sum())
     if broken:
@@ -170,7 +193,8 @@ def half_precision(network: Network) -> Network:
 
 class _HalfNetwork(Network):
     def normalise(self, images: Tensor) -> Tensor:
-        return super().normalise(images).half()
+        rows = super().normalise(images)
+        return rows.half() if rows.is_floating_point() else rows
 
 
 class _StoredHalf(nn.Module):
@@ -189,23 +213,27 @@ class _StoredHalf(nn.Module):
 
 
 def _write(
-    network: Network, out: Path, form: str, precision: str, counts: Sequence[int] | None, calibration: Tensor | None
-) -> None:
+    network: Network, out: Path, form: str, precision: str, counts: Sequence[int] | None, calibration: Tensor | None,
+    calibrator: Calibrator | None, float_images: bool,
+) -> None:  # fmt: skip
     if form == "safetensors":
         save_network(half_precision(network) if precision == "float16" else network, out)
+        if calibrator is not None:
+            calibrator.save(out / "calibrator.json")
     elif form == "pt2":
-        card = json.dumps(device_card(network, counts), ensure_ascii=False)
+        card = json.dumps(device_card(network, counts, calibrator), ensure_ascii=False)
         module = _StoredHalf(network).eval() if precision == "float16" else deployed(network)
-        batch = {"images": {0: torch.export.Dim("batch")}}
         with replacing(out) as part, quiet_export():
-            program = torch.export.export(module, (example_images(network),), dynamic_shapes=batch)
+            program = torch.export.export(module, (example_images(network),), dynamic_shapes=dynamic_shapes(network))
             torch.export.save(program, part, extra_files={CARD: card})
     elif precision == "int8":
         assert calibration is not None  # checked by the caller
         with tempfile.TemporaryDirectory() as place:
-            quantise_onnx(export_onnx(network, Path(place) / "float32.onnx", class_counts=counts), out, calibration)
+            plain = export_onnx(network, Path(place) / "float32.onnx", class_counts=counts, calibrator=calibrator)
+            quantise_onnx(plain, out, calibration)
     else:
-        export_onnx(half_precision(network) if precision == "float16" else network, out, class_counts=counts)
+        stored = half_precision(network) if precision == "float16" else network
+        export_onnx(stored, out, class_counts=counts, calibrator=calibrator, float_images=float_images)
 
 
 def _answer_of_network(network: Network) -> Answer:
@@ -213,7 +241,7 @@ def _answer_of_network(network: Network) -> Answer:
 
     def answer(images: Tensor) -> npt.NDArray[np.floating]:
         with torch.inference_mode():
-            p: npt.NDArray[np.floating] = module(images.permute(0, 3, 1, 2).contiguous()).numpy()
+            p: npt.NDArray[np.floating] = module(as_batch(images).contiguous()).numpy()
         return p
 
     return answer
@@ -230,7 +258,7 @@ def _answer_of_file(path: Path, form: str) -> Answer:
 
     def answer(images: Tensor) -> npt.NDArray[np.floating]:
         with torch.inference_mode():
-            p: npt.NDArray[np.floating] = module(images.permute(0, 3, 1, 2).contiguous()).numpy()
+            p: npt.NDArray[np.floating] = module(as_batch(images).contiguous()).numpy()
         return p
 
     return answer

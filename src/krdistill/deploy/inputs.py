@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from ..kinds import Kind, clean
 
 # Those of krdistill.data.folder, which needs torch; a test holds them equal.
 IMAGE_SUFFIXES = frozenset(
@@ -16,6 +18,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 _LISTS = (".csv", ".tsv", ".txt")
 _BLOCK = 1 << 16
+_BESIDE_NUMBERS = ("label", "category", "intent", "split", "group", "id")
+_LARGEST = 3e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,75 @@ class Entry:
         shown: the path as it was given.
         path: where the file is.
         error: why there is nothing to look at, or None.
+        value: the sentence, or the numbers of a row, where they stand in the list itself.
     """
 
     shown: str
     path: Path
     error: str | None = None
+    value: str | tuple[float, ...] | None = None
+
+
+def listed_entries(inputs: Iterable[str], kind: Kind, width: int, stdin: BinaryIO | None = None) -> Iterator[Entry]:
+    """The sentences, or rows of numbers, of files that hold them, in order.
+
+    Args:
+        inputs: sentences: a ``.csv`` or ``.tsv`` file with a column ``text``, any other file with one per line, ``-``
+            for lines on ``stdin`` (else standard input). Rows: ``.csv`` or ``.tsv`` files with a header and ``width``
+            columns of numbers, beside which ``label``, ``split``, ``group`` and ``id`` are passed over.
+        kind: ``text`` or ``features``.
+        width: numbers per row.
+        stdin: see above.
+    """
+    for given in inputs:
+        path = Path(given)
+        if given == "-" and kind == "text":
+            for line in stdin or sys.stdin.buffer:
+                yield _sentence(line.decode("utf-8", "replace").rstrip("\r\n"), path)
+            continue
+        table = path.suffix.lower() in (".csv", ".tsv")
+        if kind == "features" and not table:
+            yield Entry(given, path, "expected a .csv or .tsv file with a header and rows of numbers")
+            continue
+        try:
+            with path.open(newline="" if table else None, encoding="utf-8-sig", errors="replace") as file:
+                if not table:
+                    yield from (_sentence(line.rstrip("\r\n"), path) for line in file)
+                    continue
+                rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+                names = [name.strip().lower() for name in next(rows, [])]
+                if kind == "text" and "text" not in names:
+                    yield Entry(given, path, f"expected a column 'text', got {', '.join(names) or 'an empty file'}")
+                    continue
+                wanted = [i for i, name in enumerate(names) if name not in _BESIDE_NUMBERS]
+                if kind == "features" and len(wanted) != width:
+                    yield Entry(given, path, f"expected {width} columns of numbers, got {len(wanted)}")
+                    continue
+                for row in rows:
+                    if not row:
+                        continue
+                    if kind == "text":
+                        at = names.index("text")
+                        yield _sentence(row[at] if at < len(row) else "", path)
+                    else:
+                        yield _numbers(row, wanted, f"{given}:{rows.line_num}", path)
+        except (OSError, csv.Error) as error:
+            reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+            yield Entry(given, path, reason)
+
+
+def _sentence(text: str, path: Path) -> Entry:
+    return Entry(text, path, None if clean(text) else "an empty sentence", text)
+
+
+def _numbers(row: Sequence[str], wanted: Sequence[int], shown: str, path: Path) -> Entry:
+    try:
+        values = tuple(float(row[i]) for i in wanted)
+    except (ValueError, IndexError):
+        return Entry(shown, path, "expected a number in every column")
+    if not all(abs(value) < _LARGEST for value in values):
+        return Entry(shown, path, "NaN, infinity or a number that is too large")
+    return Entry(shown, path, None, values)
 
 
 def entries(inputs: Iterable[str], stdin: BinaryIO | None = None) -> Iterator[Entry]:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calibration import Calibrator
 from ..errors import ArgumentError, KrdistillError, MissingDependencyError
 from ..files import replacing
+from ..kinds import MAX_BYTES, NOUNS, as_batch
 from ..models.network import Network
 from .measuring import count_graph
 
@@ -37,7 +39,7 @@ class ExportError(KrdistillError):
 
 
 class Deployed(nn.Module):
-    """uint8 images ``(B, C, H, W)`` to class probabilities ``(B, K)``: what the device runs."""
+    """uint8 images ``(B, C, H, W)``, or another kind's batch, to class probabilities ``(B, K)``: what a device runs."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -47,10 +49,15 @@ class Deployed(nn.Module):
         return torch.softmax(self.network(images).logits.float(), dim=1)
 
 
-def export_onnx(network: Network, path: Path, *, class_counts: Sequence[int] | None = None) -> Path:
-    """Writes an ONNX file that takes raw images.
+def export_onnx(
+    network: Network, path: Path, *, class_counts: Sequence[int] | None = None, calibrator: Calibrator | None = None,
+    float_images: bool = False,
+) -> Path:  # fmt: skip
+    """Writes an ONNX file that takes raw images, sentences or rows of numbers.
 
-    Input ``images``: uint8 ``(batch, C, H, W)``, values 0 to 255, batch dynamic. Output ``probabilities``: float32
+    Input ``images``: uint8 ``(batch, C, H, W)``, values 0 to 255, batch dynamic; or ``sentences``: uint8
+    ``(batch, length)``, UTF-8 bytes with zeros behind them, both dynamic (the hashing of n-grams is in the graph); or
+    ``rows``: float32 ``(batch, D)``, as they were before standardisation. Output ``probabilities``: float32
     ``(batch, K)``. The class names, in order, are in the file's metadata under ``class_names`` (JSON), and so are mean,
     std, image size and, where they are given, ``class_counts``.
 
@@ -58,11 +65,15 @@ def export_onnx(network: Network, path: Path, *, class_counts: Sequence[int] | N
         network: the student.
         path: the file to write.
         class_counts: training images of each class, K numbers: what ``krdistill predict --prior natural`` needs.
+        calibrator: goes into the metadata; ``krdistill predict --calibrated`` applies it to the probabilities.
+        float_images: ``images`` are float32 in [0, 1] instead, for a device whose camera gives them so.
 
     Raises:
-        ArgumentError: another number of class counts than of classes.
+        ArgumentError: another number of class counts than of classes, or float images of what takes none.
         MissingDependencyError: the ``onnx`` extra is not installed.
     """
+    if float_images and network.kind != "image":
+        raise ArgumentError(f"float_images is for images; this network takes {NOUNS[network.kind]}.")
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -70,15 +81,20 @@ def export_onnx(network: Network, path: Path, *, class_counts: Sequence[int] | N
         raise MissingDependencyError(
             f"Exporting to ONNX needs the package {error.name}: pip install 'krdistill[onnx]'."
         ) from None
-    card, module = device_card(network, class_counts), deployed(network)
+    check_exportable(network)
+    card, module = device_card(network, class_counts, calibrator), deployed(network)
+    example = example_images(network)
+    if float_images:  # what is done to them outside is nothing; the file that says so can teach
+        example = example.float()
+        card |= {"mean": [0.0] * network.channels, "std": [1.0] * network.channels, "float_images": True}
     with replacing(path) as part, quiet_export():
         torch.onnx.export(
             module,
-            (example_images(network),),
+            (example,),
             str(part),
-            input_names=["images"],
+            input_names=[NOUNS[network.kind]],
             output_names=["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=dynamic_shapes(network),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -101,7 +117,7 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
     Args:
         path: the exported file.
         network: what it was exported from.
-        images: uint8 ``(N, H, W, C)``.
+        images: uint8 ``(N, H, W, C)``, or rows of another kind.
 
     Returns:
         ``largest_difference`` of the probabilities, ``agreement`` of the predicted class, ``images``, ``bytes``,
@@ -120,13 +136,13 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
             f"Checking the export needs the package {error.name}: pip install 'krdistill[onnx]'."
         ) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    module = deployed(network)
+    module, name = deployed(network), NOUNS[network.kind]
     largest, agree = 0.0, 0
     for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].permute(0, 3, 1, 2).contiguous()
+        batch = as_batch(images[start : start + batch_size]).contiguous()
         with torch.inference_mode():
             ours = module(batch).numpy()
-        theirs = session.run(None, {"images": batch.numpy()})[0]
+        theirs = session.run(None, {name: batch.numpy()})[0]
         largest = max(largest, float(np.abs(ours - theirs).max()))
         agree += int((ours.argmax(1) == theirs.argmax(1)).sum())
     if not largest <= TOLERANCE:
@@ -134,11 +150,12 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
             f"{path} differs from PyTorch by {largest:.2e} in probability (allowed {TOLERANCE:g}). Do not deploy it; "
             "please report the network it came from."
         )
-    one = images[:1].permute(0, 3, 1, 2).contiguous().numpy()
+    one = as_batch(images[:1]).contiguous().numpy()
+    one = one if network.kind != "text" else one[:, : max(1, int((one != 0).sum()))]
     times = []
     for _ in range(50):
         started = time.perf_counter()
-        session.run(None, {"images": one})
+        session.run(None, {name: one})
         times.append(time.perf_counter() - started)
     size, counts = path.stat().st_size, count_graph(path)
     milliseconds = 1000 * float(np.median(times[10:]))
@@ -152,14 +169,22 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
         "largest_difference": largest,
         "agreement": agree / len(images),
         "milliseconds_per_image": round(milliseconds, 4),
-        "sentence": f"{path.name}: ONNX Runtime agrees with PyTorch on {agree:,} of {len(images):,} test images "
-        f"(largest difference {largest:.1e}), {size / 1024:.0f} KiB{work} and {milliseconds:.2f} ms per image",
+        "sentence": f"{path.name}: ONNX Runtime agrees with PyTorch on {agree:,} of {len(images):,} test {name} "
+        f"(largest difference {largest:.1e}), {size / 1024:.0f} KiB{work} and {milliseconds:.2f} ms per {name[:-1]}",
     }
 
 
-def device_card(network: Network, class_counts: Sequence[int] | None) -> dict[str, Any]:
-    """What a file says of itself, as plain data: the network's card, and how frequent its classes were."""
+def device_card(
+    network: Network, class_counts: Sequence[int] | None, calibrator: Calibrator | None = None
+) -> dict[str, Any]:
+    """What a file says of itself, as plain data: the network's card, its calibrator, how frequent its classes were."""
     card = {k: v for k, v in network.card().items() if k != "architecture"}
+    if calibrator is not None:
+        if calibrator.num_classes != network.num_classes:
+            raise ArgumentError(
+                f"Expected a calibrator of {network.num_classes} classes, got {calibrator.num_classes}."
+            )
+        card["calibrator"] = calibrator.as_dict()
     if class_counts is None:
         return card
     if len(class_counts) != network.num_classes:
@@ -167,9 +192,32 @@ def device_card(network: Network, class_counts: Sequence[int] | None) -> dict[st
     return {**card, "class_counts": [int(n) for n in class_counts]}
 
 
+def check_exportable(network: Network) -> None:
+    """Refuses a network that no file for a device can hold.
+
+    Raises:
+        ExportError: it asks a tokeniser and an encoder that are not part of it.
+    """
+    if hasattr(network.backbone, "embeds"):
+        raise ExportError(
+            "This network asks a sentence encoder that is no part of it, so no file for a device can hold it. Distil "
+            "it into a student such as ngram, and export that."
+        )
+
+
 def example_images(network: Network) -> Tensor:
-    """Two raw images, to trace the network with."""
+    """Two raw images, or two examples of another kind, to trace the network with."""
+    if network.kind != "image":
+        return network.example_inputs()
     return torch.zeros(2, network.channels, *network.image_size, dtype=torch.uint8)
+
+
+def dynamic_shapes(network: Network) -> dict[str, Any]:
+    """What of a network's input may have any size: the batch, and of sentences the length."""
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if network.kind == "text":
+        free[1] = torch.export.Dim("length", min=4, max=MAX_BYTES)
+    return {"images": free}
 
 
 def deployed(network: Network) -> Deployed:

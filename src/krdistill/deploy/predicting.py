@@ -18,12 +18,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..calibration import Calibrator
 from ..data.decoding import decode
+from ..kinds import encode_texts
 from .inputs import Entry
 from .runtime import DeviceModel, with_prior
 
-_Decoded = tuple[npt.NDArray[np.uint8], dict[int, str]]
+_Decoded = tuple[npt.NDArray[Any], dict[int, str]]
 _SHOWN = 5
+# Those of full width are taken for the others in East Asian spreadsheets.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# What JSON allows in a text and a terminal may obey; written as \uXXXX, which says the same.
+_OBEYED = (*range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPED = {c: f"\\u{c:04x}" for c in _OBEYED}
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def predict(
     *,
     top: int = 1,
     weights: npt.NDArray[np.float64] | None = None,
+    calibrator: Calibrator | None = None,
     batch: int = 64,
 ) -> Iterator[Prediction]:
     """Looks at images one batch at a time, while the next batches are decoded.
@@ -70,6 +78,8 @@ def predict(
         images: what to look at, in order.
         top: how many classes to give, at most K.
         weights: a class prior (:func:`~krdistill.deploy.runtime.class_weights`); None stands for a uniform one.
+        calibrator: applied to the model's probabilities, before the class prior; the model's own is
+            ``model.calibrator``. None leaves them as they are.
         batch: images at a time.
 
     Yields:
@@ -80,7 +90,10 @@ def predict(
     """
     for group, (pixels, failures) in _ahead(model, images, batch):
         kept = [i for i in range(len(group)) if i not in failures]
-        p = with_prior(model(pixels), weights) if kept else np.empty((0, len(model.class_names)))
+        p = np.empty((0, len(model.class_names)))
+        if kept:
+            answer = model(pixels)
+            p = with_prior(answer if calibrator is None else calibrator.from_probabilities(answer), weights)
         best = np.argsort(-p, axis=1, kind="stable")[:, :top]
         row = {i: r for r, i in enumerate(kept)}
         for i, entry in enumerate(group):
@@ -95,7 +108,13 @@ def predict(
 
 
 def write_predictions(
-    predictions: Iterable[Prediction], stream: TextIO, *, form: str, top: int, abstain_below: float = 0.0
+    predictions: Iterable[Prediction],
+    stream: TextIO,
+    *,
+    form: str,
+    top: int,
+    abstain_below: float = 0.0,
+    what: str = "path",
 ) -> Summary:
     """Writes predictions as they come.
 
@@ -107,14 +126,17 @@ def write_predictions(
             ``jsonl``: an object per line with ``path``, ``class``, ``probability``, ``top`` and, if any, ``error``.
         top: how many classes a row has.
         abstain_below: the class is left empty (null in JSON) where its probability is below this.
+        what: name of the first column: ``path``, of sentences ``text``, of rows of numbers ``row``.
 
     Returns:
         How many there were.
     """
     rows = csv.writer(stream, lineterminator="\n")
+    # Python leaves a lone \r without quotation marks, and it would end the row.
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
     if form == "csv":
         more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
-        rows.writerow(["path", "class", "probability", *more, "error"])
+        rows.writerow([what, "class", "probability", *more, "error"])
     count, failed = 0, 0
     first: list[str] = []
     for p in predictions:
@@ -125,7 +147,7 @@ def write_predictions(
                 first.append(f"{p.path!r} ({p.error})")
         sure = bool(p.classes) and p.probabilities[0] >= abstain_below
         if form == "jsonl":
-            stream.write(json.dumps(_object(p, sure), ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_object(p, sure, what), ensure_ascii=False).translate(_ESCAPED) + "\n")
             continue
         cells: list[str] = []
         for i in range(top):
@@ -134,7 +156,8 @@ def write_predictions(
                 _safe(p.classes[i]) if there and (i or sure) else "",
                 f"{p.probabilities[i]:.6f}" if there else "",
             ]
-        rows.writerow([_safe(p.path), *cells, _safe(p.error or "")])
+        cells = [_safe(p.path), *cells, _safe(p.error or "")]
+        (quoted if any("\r" in cell for cell in cells) else rows).writerow(cells)
     return Summary(count, failed, tuple(first))
 
 
@@ -171,14 +194,18 @@ def _decode(model: DeviceModel, group: Sequence[Entry]) -> _Decoded:
     """Pixels of the entries that can be read, and the reasons of the others by position."""
     failures = {i: entry.error for i, entry in enumerate(group) if entry.error is not None}
     there = [i for i in range(len(group)) if i not in failures]
+    if model.kind == "text":
+        return encode_texts([str(group[i].value) for i in there]), failures
+    if model.kind == "features":
+        return np.array([group[i].value for i in there], dtype=np.float32).reshape(-1, model.channels), failures
     pixels, failed = decode([group[i].path for i in there], size=model.image_size, channels=model.channels, resize=True)
     failures.update({there[i]: reason for i, reason in failed.items()})
     return pixels[[i not in failed for i in range(len(there))]], failures
 
 
-def _object(p: Prediction, sure: bool) -> dict[str, Any]:
+def _object(p: Prediction, sure: bool, what: str) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "path": p.path,
+        what: p.path,
         "class": p.classes[0] if sure else None,
         "probability": round(p.probabilities[0], 6) if p.classes else None,
         "top": [{"class": n, "probability": round(v, 6)} for n, v in zip(p.classes, p.probabilities, strict=True)],
@@ -187,5 +214,5 @@ def _object(p: Prediction, sure: bool) -> dict[str, Any]:
 
 
 def _safe(text: str) -> str:
-    """A spreadsheet runs a cell that begins like a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """A spreadsheet runs a cell that begins like a formula; one that has an apostrophe before it gets another."""
+    return f"'{text}" if text.lstrip("'").startswith(_FORMULAS) else text

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.containers import ImageData
+from ..data.containers import Examples
 from ..errors import ArgumentError, MissingDependencyError
 from ..rng import generator
 
@@ -27,7 +27,7 @@ _OPERATORS = (
 
 
 def calibration_images(
-    data: ImageData, *, kind: str = "balanced", count: int = CALIBRATION_IMAGES, seed: int = 0
+    data: Examples, *, kind: str = "balanced", count: int = CALIBRATION_IMAGES, seed: int = 0
 ) -> Tensor:
     """Training images from which activation ranges are measured.
 
@@ -55,7 +55,7 @@ def calibration_images(
         turn = torch.empty_like(by_class)  # the how manieth of its class an image is
         turn[by_class] = torch.arange(len(data)) - first[labels[by_class]]
         order = order[turn.argsort(stable=True)]
-    return data.subset(order[:count].sort().values).images
+    return data.subset(order[:count].sort().values).inputs
 
 
 def quantise_onnx(source: Path, target: Path, images: Tensor) -> Path:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, MissingDependencyError, ModelError, unknown_name
+from ..calibration import Calibrator
+from ..errors import ArgumentError, ConfigError, MissingDependencyError, ModelError, unknown_name
+from ..kinds import Kind
 
 _AGAIN = "Write the file with: krdistill export RUN."
 
@@ -53,10 +55,12 @@ class DeviceModel:
         threads: as in :func:`open_session`.
 
     Attributes:
+        kind: of what it takes: ``image``, ``features`` or ``text`` (:mod:`krdistill.kinds`).
         class_names: K names, in the order of the probabilities.
         image_size: (H, W) of its images.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; of rows of numbers, how many there are in each.
         class_counts: training images of each class, where the file says so, else None.
+        calibrator: how sure it may be, where the file says so, else None; its answers are not calibrated.
 
     Raises:
         ModelError: no file, a damaged one, or one that krdistill did not write: other inputs or outputs, no class
@@ -68,12 +72,10 @@ class DeviceModel:
         self.path = path
         self._session = open_session(path, threads=threads)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if (
-            [(i.type, len(i.shape)) for i in inputs] != [("tensor(uint8)", 4)]
-            or isinstance(inputs[0].shape[0], int)
-            or inputs[0].shape[1] not in (1, 3)
-            or not all(isinstance(n, int) for n in inputs[0].shape[2:])
-        ):
+        kind, card = _kind_of(inputs), _card(self._session)
+        self._floats = kind == "image" and inputs[0].type == "tensor(float)"
+        # Floats of a stranger's file may have to be normalised in a way of its own.
+        if kind is None or (self._floats and card.get("float_images") is not True):
             raise ModelError(
                 f"{path} takes {_described(inputs)}; expected one input of raw images, uint8 (batch, 1 or 3, H, W), "
                 f"with the normalisation inside. {_AGAIN}"
@@ -82,7 +84,6 @@ class DeviceModel:
             raise ModelError(
                 f"{path} answers {_described(outputs)}; expected class probabilities, float32 (batch, K). {_AGAIN}"
             )
-        card = _card(self._session)
         names = card.get("class_names")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ModelError(f"{path} does not say what its classes are called (metadata class_names). {_AGAIN}")
@@ -94,17 +95,21 @@ class DeviceModel:
             isinstance(counts, list) and len(counts) == K and all(isinstance(n, int) and n >= 0 for n in counts)
         ):
             raise ModelError(f"{path}: expected {K} whole numbers as class_counts, got {counts!r:.80}. {_AGAIN}")
+        self.kind: Kind = kind
         self._input = inputs[0].name
         self.class_names: tuple[str, ...] = tuple(names)
-        self.channels: int = inputs[0].shape[1]
-        self.image_size: tuple[int, int] = (inputs[0].shape[2], inputs[0].shape[3])
+        self.channels: int = inputs[0].shape[1] if self.kind != "text" else 1
+        self.image_size: tuple[int, int] = tuple(inputs[0].shape[2:]) if self.kind == "image" else (0, 0)
         self.class_counts: tuple[int, ...] | None = None if counts is None else tuple(counts)
+        self.calibrator: Calibrator | None = _calibrator(card, K, path)
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Class probabilities of images.
+    def __call__(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Class probabilities of images, or of what else it takes.
 
         Args:
-            images: uint8, shape ``(B, H, W, C)``, as :func:`krdistill.data.decoding.decode` gives them.
+            images: uint8, shape ``(B, H, W, C)``, as :func:`krdistill.data.decoding.decode` gives them, whatever the
+                file takes (one that takes floats, takes float32 in [0, 1] too); float32
+                ``(B, D)``; or sentences as bytes, uint8 ``(B, L)`` (:func:`krdistill.kinds.encode_texts`).
 
         Returns:
             float32, shape ``(B, K)``.
@@ -112,12 +117,29 @@ class DeviceModel:
         Raises:
             ModelError: the file cannot be run on them.
         """
-        batch = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        batch = np.ascontiguousarray(images.transpose(0, 3, 1, 2) if self.kind == "image" else images)
+        if self._floats and batch.dtype == np.uint8:
+            batch = batch.astype(np.float32) / np.float32(255)
+        if self.kind == "text":  # no graph takes fewer than four bytes
+            batch = np.pad(batch, ((0, 0), (0, max(0, 4 - batch.shape[1]))))
         try:
             answer: npt.NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
         except Exception as error:  # as in open_session
             raise ModelError(f"{self.path} cannot be run ({_first_line(error)}). {_AGAIN}") from None
         return answer
+
+
+def _kind_of(inputs: Any) -> Kind | None:
+    """What a file with these inputs takes; None of one that krdistill did not write."""
+    if len(inputs) != 1 or not inputs[0].shape or isinstance(inputs[0].shape[0], int):
+        return None
+    dtype, (_, *shape) = inputs[0].type, inputs[0].shape
+    known = [isinstance(n, int) for n in shape]
+    if dtype in ("tensor(uint8)", "tensor(float)") and len(shape) == 3 and all(known) and shape[0] in (1, 3):
+        return "image"
+    if dtype == "tensor(uint8)" and known == [False]:
+        return "text"
+    return "features" if dtype == "tensor(float)" and known == [True] else None
 
 
 def class_weights(model: DeviceModel, prior: str) -> npt.NDArray[np.float64] | None:
@@ -209,6 +231,18 @@ def _read_weights(path: Path, names: tuple[str, ...]) -> npt.NDArray[np.float64]
     if not any(weights.values()):
         raise ConfigError(f"--prior: all weights in {path} are 0.")
     return np.array([weights[name] for name in names], dtype=np.float64)
+
+
+def _calibrator(card: dict[str, Any], K: int, path: Path) -> Calibrator | None:
+    if "calibrator" not in card:
+        return None
+    try:
+        found = Calibrator.from_dict(card["calibrator"])
+    except ArgumentError as error:
+        raise ModelError(f"{path}: {error} {_AGAIN}") from None
+    if found.num_classes != K:
+        raise ModelError(f"{path}: expected a calibrator of {K} classes, got one of {found.num_classes}. {_AGAIN}")
+    return found
 
 
 def _card(session: Any) -> dict[str, Any]:
