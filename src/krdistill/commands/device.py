@@ -12,7 +12,8 @@ from .shared import make_console
 @click.command("bench-device")
 @click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def bench_device(model: Path, as_json: bool) -> None:
+@click.option("--save", is_flag=True, help="Keep it beside the file, MODEL.onnx.device.json: a run's report shows it.")
+def bench_device(model: Path, as_json: bool, save: bool) -> None:
     """Measure an exported file here: size, multiply-accumulates, memory, latency; torch is not needed.
 
     One and two threads, one image and 32 at a time, through ONNX Runtime on the CPU, each in a process of its own.
@@ -21,8 +22,11 @@ def bench_device(model: Path, as_json: bool) -> None:
 
     from ..console import print_table
     from ..deploy.measuring import measure_file
+    from ..files import write_json
 
     found = measure_file(model)
+    if save:
+        write_json(model.with_name(f"{model.name}.device.json"), found)
     if as_json:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return

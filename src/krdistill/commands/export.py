@@ -29,6 +29,7 @@ _SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ""}
     help="Training images that int8 is calibrated on: equally many of every class, or as they come. "
     "[default: balanced]",
 )  # fmt: skip
+@click.option("--float-images", is_flag=True, help="The file takes float images in [0, 1], not uint8; onnx alone.")
 @click.option("--out", type=click.Path(path_type=Path), help="File, or folder for safetensors. [default: RUN/exports]")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), default=0.5, show_default=True,
@@ -39,8 +40,8 @@ _SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ""}
     help="Points that the rarest group may lose.",
 )  # fmt: skip
 def export(
-    run_folder: Path, form: str, precision: str, calibration: str | None, out: Path | None, max_drop: float,
-    max_rare_drop: float,
+    run_folder: Path, form: str, precision: str, calibration: str | None, float_images: bool, out: Path | None,
+    max_drop: float, max_rare_drop: float,
 ) -> None:  # fmt: skip
     """Write the student of a run for use elsewhere, and check it on the run's test images.
 
@@ -52,13 +53,16 @@ def export(
         raise ConfigError("--precision int8 needs ONNX Runtime: leave --format onnx.")
     if calibration is not None and precision != "int8":
         raise ConfigError("--calibration is for --precision int8.")
-    name = "student" + ("" if precision == "float32" else f"-{precision}")
+    if float_images and (form != "onnx" or precision == "int8"):
+        raise ConfigError("--float-images is for --format onnx in float32 or float16.")
+    name = "student" + ("" if precision == "float32" else f"-{precision}") + ("-float-images" if float_images else "")
     out = out or run_folder / "exports" / (name + _SUFFIX[form] if form != "safetensors" else f"{name}-safetensors")
     if form == "safetensors" and out.is_file():
         raise ConfigError(f"--out: {out} is a file; safetensors writes a folder.")
     if form != "safetensors" and (out.is_dir() or out.suffix != _SUFFIX[form]):
         raise ConfigError(f"--out: expected a file *{_SUFFIX[form]}, got {out}.")
     with needs_packages():
+        from ..calibrating import student_calibrator
         from ..config import load_config
         from ..deploy.exporting import export_network
         from ..deploy.onnx import ExportError
@@ -81,17 +85,21 @@ def export(
             )
         prior, groups = measure(data, config.data.groups)
         network = load_network(run_folder / "student", allow_factories=[parse_model(config.student.model).name])
+        calibrator = student_calibrator(run_folder)
         images = calibration_images(data.train, kind=calibration or "balanced") if precision == "int8" else None
         try:
             report = export_network(
                 network, out, test=data.test, groups=groups, form=form, precision=precision,
-                class_counts=prior.counts.tolist(), calibration=images, max_drop=max_drop, max_rare_drop=max_rare_drop,
+                class_counts=prior.counts.tolist(), calibration=images, calibrator=calibrator, max_drop=max_drop,
+                max_rare_drop=max_rare_drop, float_images=float_images,
             )  # fmt: skip
         except ExportError as error:
             if error.report is not None:
                 _print(console, error.report)
             raise
     _print(console, report)
+    if calibrator is not None:
+        console.print(f"with the calibrator {calibrator.words()}: krdistill predict --calibrated", highlight=False)
     console.print(f"\n{report['format']}  {out}  ({report['bytes'] / 1024:,.0f} KiB)", highlight=False)
 
 

@@ -59,7 +59,7 @@ def inspect(ctx: click.Context, data: str, out: Path | None, as_json: bool) -> N
 
 
 def _part_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = ["part", "images", "classes", "largest", "smallest", "imbalance factor"]
+    head = ["part", found["noun"], "classes", "largest", "smallest", "imbalance factor"]
     rows = [
         [part, *(f"{p[key]:,}" for key in ("images", "classes", "largest", "smallest")), f"{p['imbalance_factor']:.4g}"]
         for part, p in found["parts"].items()
@@ -91,35 +91,37 @@ def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         common = ", ".join(f"{W}x{H} ({n:,})" for W, H, n in sizes[:4])
         facts.append(("sizes", common + (f" and {len(sizes) - 4:,} more sizes" if len(sizes) > 4 else "")))
         facts.append(("colours", f"{found['colour']:,} in colour, {found['grey']:,} grey"))
-    for key, word in (("missing", "not there"), ("unreadable", "unreadable")):
+    images = found["noun"] == "images"
+    for key, word in (("missing", "not there"), ("unreadable", "unreadable")) if images else ():
         number, first = found[key]["number"], found[key]["first"]
         more = f" and {number - len(first):,} more" if number > len(first) else ""
         facts.append((word, f"{number:,} images" + (f": {', '.join(first)}{more}" if number else "")))
-    for key, word in (("copies", "exact copies"), ("near_duplicates", "near-duplicates")):
-        facts.append((word, _copies(found[key]) if sizes else "not looked at"))
+    copies = (("copies", "exact copies"), ("near_duplicates", "near-duplicates"))
+    for key, word in copies if images else copies[:1]:
+        facts.append((word, _copies(found[key], found["noun"]) if sizes or not images else "not looked at"))
     groups = found.get("split_groups")
     if groups:
         across = ", ".join(f"{n:,} in {pair.replace('/', ' and ')}" for pair, n in groups["across"].items())
-        facts.append(("groups of images", f"{groups['number']:,}; {across or 'none in two parts'}"))
-    for key, word in (("without_training", "no training image"), ("without_test", "no test image")):
+        facts.append((f"groups of {found['noun']}", f"{groups['number']:,}; {across or 'none in two parts'}"))
+    for key, word in (("without_training", "no training"), ("without_test", "no test")):
         names = found[key]
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-            facts.append((word, f"{len(names):,} classes: {shown}"))
+            facts.append((f"{word} {found['noun'][:-1]}", f"{len(names):,} classes: {shown}"))
     if found["unseen"]:
         facts.append(("not looked at", found["unseen"]))
     facts += [("note", note) for note in found["notes"]]
     return facts
 
 
-def _copies(copies: Mapping[str, Any]) -> str:
+def _copies(copies: Mapping[str, Any], noun: str) -> str:
     if not copies["clusters"]:
         return "none"
     across = [f"{n:,} across {pair.replace('/', ' and ')}" for pair, n in copies["across"].items()]
     across += [f"{copies['several_labels']:,} with several labels"] if copies["several_labels"] else []
     example = f"; such as {' = '.join(copies['examples'][0])}"
     return (
-        f"{copies['images']:,} images in {copies['clusters']:,} clusters" + "".join(f", {a}" for a in across) + example
+        f"{copies['images']:,} {noun} in {copies['clusters']:,} clusters" + "".join(f", {a}" for a in across) + example
     )
 
 
@@ -189,7 +191,7 @@ def _figure(found: Mapping[str, Any]) -> Any:
     axes.set_xlim(-0.6, K - 0.4)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else ""))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("training images (log scale)", fontsize=8, color=PALETTE["ink"])
+    axes.set_ylabel(f"training {found['noun']} (log scale)", fontsize=8, color=PALETTE["ink"])
     if K <= 30:
         labels = [c["name"] if len(c["name"]) <= 16 else c["name"][:15] + "…" for c in classes]
         turned = sum(len(label) + 2 for label in labels) > 95
@@ -199,7 +201,7 @@ def _figure(found: Mapping[str, Any]) -> Any:
                 tick.set_rotation_mode("anchor")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel(f"{K:,} classes, most training images first", fontsize=8, color=PALETTE["ink"])
+        axes.set_xlabel(f"{K:,} classes, most training {found['noun']} first", fontsize=8, color=PALETTE["ink"])
     axes.tick_params(labelsize=8, labelcolor=PALETTE["ink"], color=PALETTE["line"], which="both")
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=PALETTE["line"], linewidth=0.6)
@@ -207,7 +209,8 @@ def _figure(found: Mapping[str, Any]) -> Any:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(PALETTE["line"])
     train = found["parts"]["train"]
-    title = f"{found['name']}: {train['images']:,} training images, imbalance factor {train['imbalance_factor']:.4g}"
+    what = f"{train['images']:,} training {found['noun']}"
+    title = f"{found['name']}: {what}, imbalance factor {train['imbalance_factor']:.4g}"
     axes.set_title(title, fontsize=8.5, fontweight="bold", loc="left", color=PALETTE["ink"], parse_math=False)
     rule = found["groups"]["rule"]  # below the axes, where it covers no class
     figure.legend(

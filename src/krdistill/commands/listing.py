@@ -58,7 +58,12 @@ def _print_models(console: Console) -> None:
     print_list(
         console,
         "model",
-        [(m.name, f"{m.parameters / 1e6:6.2f} M parameters  {m.summary}", "") for m in list_models()],
+        [
+            (m.name, f"{m.parameters / 1e6:6.2f} M parameters  {m.summary}", words)
+            for kind, words in (("image", ""), ("features", "for rows of numbers"), ("text", "for sentences"))
+            for m in list_models(kind)
+            if kind == "image" or "image" not in m.kinds
+        ],
     )
 
 
@@ -73,4 +78,9 @@ def _print_augmentations(console: Console) -> None:
     from ..console import print_list
     from ..data.augment_names import list_augmentations
 
-    print_list(console, "augmentation", [(name, words, "") for name, words in list_augmentations().items()])
+    entries = [
+        (name, words, facts)
+        for kind, facts in (("image", ""), ("text", "for sentences"), ("features", "for rows of numbers"))
+        for name, words in list_augmentations(kind).items()
+    ]
+    print_list(console, "augmentation", entries)

@@ -23,11 +23,13 @@ def report(run_folder: Path) -> None:
 @click.argument("run_folder", type=click.Path(path_type=Path))
 def show(run_folder: Path) -> None:
     """Print the table of a finished run."""
-    import json
-
     from ..errors import RunFolderError
+    from ..files import read_json
 
     path = run_folder / "metrics.json"
     if not path.is_file():
         raise RunFolderError(f"No metrics.json in {run_folder}. Expected the folder of a finished run.")
-    print_metrics(make_console(), json.loads(path.read_text(encoding="utf-8")))
+    try:
+        print_metrics(make_console(), read_json(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}). Delete it and run again.") from None

@@ -44,7 +44,7 @@ def run(ctx: click.Context, config: str, out: Path | None, dry_run: bool) -> Non
     """
     from ..config import load_config
 
-    _run(load_config(config, overrides(ctx.args)), out, dry_run=dry_run)
+    start(load_config(config, overrides(ctx.args)), out, dry_run=dry_run)
 
 
 @click.command(context_settings=OVERRIDES)
@@ -60,10 +60,13 @@ def demo(ctx: click.Context, out: Path | None) -> None:
     given = overrides(ctx.args)
     if "name" not in dict(given):
         given = [("name", "demo"), *given]
-    _run(load_config("digits-lt", given), out, dry_run=False)
+    start(load_config("digits-lt", given), out, dry_run=False)
 
 
-def _run(config: RunConfig, out: Path | None, *, dry_run: bool) -> None:
+def start(
+    config: RunConfig, out: Path | None, *, dry_run: bool = False, check: Callable[[Plan], None] = lambda plan: None
+) -> None:
+    """Runs a configuration for a person who watches; ``check`` may refuse the plan before anything is trained."""
     from ..recipes import resolve_recipe
 
     for item in (config.recipe, *config.baselines):  # names first: no torch is needed to refuse a wrong one
@@ -78,13 +81,15 @@ def _run(config: RunConfig, out: Path | None, *, dry_run: bool) -> None:
         with join(config.device) as world, stop_by_signal(world) as stop:
             try:
                 if world.first:
-                    _show(config, folder, world, stop, dry_run=dry_run)
+                    _show(config, folder, world, stop, check, dry_run=dry_run)
                 elif not dry_run:
-                    pipeline.run(pipeline.prepare(config), folder, world=world)
+                    plan = pipeline.prepare(config)
+                    check(plan)
+                    pipeline.run(plan, folder, world=world)
             except DistributedError:
                 raise
             except StoppedError as stopped:
-                click.echo(stopped)
+                make_console().print(str(stopped), markup=False, highlight=False)
                 sys.stdout.flush()
                 if world.size > 1:
                     os._exit(STOPPED)  # not by way of the process group: the others wait in it
@@ -135,7 +140,10 @@ def stop_by_signal(world: World) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _show(config: RunConfig, folder: Path, world: World, stop: Callable[[], bool], *, dry_run: bool) -> None:
+def _show(
+    config: RunConfig, folder: Path, world: World, stop: Callable[[], bool], check: Callable[[Plan], None], *,
+    dry_run: bool,
+) -> None:  # fmt: skip
     """The run with all that a person sees of it."""
     from .. import console as show
     from .. import pipeline
@@ -150,6 +158,7 @@ def _show(config: RunConfig, folder: Path, world: World, stop: Callable[[], bool
             status.update(f"decoding the images, once: {done:,} of {total:,}")
 
         plan = pipeline.prepare(config, on_progress)
+    check(plan)
     show.print_plan(console, plan, folder)
     if world.size > 1:
         console.print(f"{world.size} processes, each with its share of every batch", highlight=False)

@@ -45,10 +45,10 @@ def overrides(args: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def make_console() -> Console:
-    from rich.console import Console
+    from ..console import PlainConsole
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # a pipe has no width of its own
-    return Console(width=width)
+    return PlainConsole(width=width)
 
 
 @contextlib.contextmanager
@@ -65,10 +65,11 @@ def needs_packages() -> Iterator[None]:
 
 
 def print_error(message: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red]  {escape(message)}")
+    from ..console import PlainConsole
+
+    PlainConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red]  {escape(message)}")
 
 
 def print_metrics(console: Console, metrics: dict[str, Any]) -> None:
