@@ -13,18 +13,18 @@ import krdistill
 
 ROOT = Path(krdistill.__file__).parent
 FLOORS = [
-    {"priors", "anchors", "outputs", "rng", "files", "events", "_checks", "_torchvision"},
+    {"priors", "anchors", "outputs", "rng", "files", "kinds", "events", "_checks", "_torchvision"},
     {"sampling", "distributed"},
-    {"rectify"},
-    {"losses"},
+    {"rectify", "calibration"},
+    {"losses", "dlsa"},
     {"objective"},
     {"recipes"},
     {"models", "data", "evaluation"},
     {"bank"},
     {"training", "reporting", "deploy"},
     {"runfolder", "stages"},
-    {"pipeline", "distiller"},
-    {"study"},
+    {"pipeline", "distiller", "calibrating", "answering", "reproduction", "sharing"},
+    {"study", "condense"},
     {"console"},
     {"commands"},
     {"cli"},

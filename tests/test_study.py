@@ -279,7 +279,9 @@ def test_nothing_is_done_twice_and_a_method_may_join(finished: tuple[StudyPlan, 
     again = Here()
     run_study(plan, folder, again)
     assert again.did == []
-    more = _plan(tmp_path, methods=["none", "kd", {"name": "krdistill-lrd", "label": "auto", "tau": "auto"}], seeds=[0, 1])
+    more = _plan(
+        tmp_path, methods=["none", "kd", {"name": "krdistill-lrd", "label": "auto", "tau": "auto"}], seeds=[0, 1]
+    )
     before = {c.item: (folder.path / c.item / "result.json").stat().st_mtime_ns for c in plan.cells}
     with pytest.raises(RunFolderError, match="already holds 'none, seed 0' as another run") as error:
         run_study(_plan(tmp_path, set={**TINY["set"], "student.train.lr": 0.3}), folder, Here())

@@ -18,6 +18,7 @@ _LAZY = {
     "ClassPrior": ".priors",
     "DataBundle": ".data",
     "Distiller": ".distiller",
+    "HubNetwork": ".sharing",
     "ImageData": ".data",
     "KrdistillError": ".errors",
     "Network": ".models.network",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .priors import ClassGroups as ClassGroups
     from .priors import ClassPrior as ClassPrior
     from .recipes import list_recipes as list_recipes
+    from .sharing import HubNetwork as HubNetwork
 
 __all__ = ["__version__", *_LAZY]
 

@@ -11,7 +11,23 @@ from collections.abc import Sequence
 import click
 
 from . import __version__
-from .commands import bank, compare, data, device, export, inspect, listing, predict, results, run
+from .commands import (
+    answers,
+    bank,
+    calibrate,
+    compare,
+    condense,
+    data,
+    device,
+    export,
+    inspect,
+    listing,
+    predict,
+    rerun,
+    results,
+    run,
+    share,
+)
 from .commands.shared import Commands, print_error
 from .errors import KrdistillError
 
@@ -27,16 +43,21 @@ def app() -> None:
 for command in (
     run.run,
     run.demo,
+    rerun.rerun,
     compare.compare,
     listing.list_,
     results.report,
     results.show,
     data.data,
+    condense.condense,
     inspect.inspect,
     bank.bank,
+    answers.answers,
+    calibrate.calibrate,
     export.export,
     predict.predict,
     device.bench_device,
+    share.share,
 ):
     app.add_command(command)
 
