@@ -1,6 +1,6 @@
 """Writes the README's results from the committed study of rivals, or checks that they are current.
 
-    python benchmarks/readme.py [--check]
+python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations
