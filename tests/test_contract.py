@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_in_words(entry: Recipe, wrong: str) -> Non
     used = {t.name for t in objective._terms()}
     silent = (
         (wrong in {"teacher", "rows"} and not objective.needs_teacher)
-        or (wrong in {"label", "labels", "classes"} and used == {"simkd"})
+        or (wrong in {"label", "classes"} and used == {"simkd"})
         or (wrong == "classes" and used == {"feature"})
     )
     if silent:

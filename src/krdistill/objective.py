@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ModelError, unknown_name
+from .errors import ArgumentError, ModelError, unknown_name
 from .losses import (
     LDAM,
     BalancedSoftmax,
@@ -250,6 +250,11 @@ class Objective(nn.Module):
                 terms[term.name] = gather(term(own))
             else:
                 terms[term.name] = term(step)
+            if terms[term.name].shape != step.labels.shape:
+                raise ArgumentError(
+                    f"{term.name}: expected a value for each of the {len(step.labels)} labels, but got shape "
+                    f"{tuple(terms[term.name].shape)}. Do the outputs belong to one batch?"
+                )
         stats = {name: call(t.module, step) for t in self._terms() for name, call in t.stats.items()}
         return LossTerms(terms, stats)
 

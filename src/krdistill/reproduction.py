@@ -27,7 +27,7 @@ _WORDS = {
     "processes": "processes",
     "inputs": "file",
 }
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, EXPORTS = "model.safetensors", "exports"
 
 
 def circumstances(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -84,7 +84,8 @@ def compare_runs(first: Path, second: Path) -> list[str]:
     metrics = [_metrics(folder) for folder in (first, second)]
     found = [f"metrics.json: {line}" for line in _numbers(*metrics)]
     found += list(_predictions(first, second))
-    names = sorted({str(p.relative_to(f)) for f in (first, second) for p in f.rglob(_WEIGHTS)})
+    found_weights = {p.relative_to(f) for f in (first, second) for p in f.rglob(_WEIGHTS)}
+    names = sorted(str(p) for p in found_weights if p.parts[0] != EXPORTS)  # those were asked for afterwards
     for name in names:
         missing = [str(folder) for folder in (first, second) if not (folder / name).is_file()]
         if missing:
