@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .losses import (
 )
 from .outputs import LossTerms, Step
 from .priors import ClassGroups, ClassPrior
-from .rectify import mean_prediction
+from .rectify import mean_prediction, refit_classifier
 from .sampling import Sampling
 
 Call = Callable[[nn.Module, Step], Tensor]
@@ -49,6 +50,14 @@ class TeacherProfile:
     views: str
     features: Tensor
     labels: Tensor
+
+    @cached_property
+    def refitted(self) -> tuple[Tensor, Tensor]:
+        """Weight ``(K, D)`` and bias ``(K,)`` of :func:`krdistill.rectify.refit_classifier` on its features.
+
+        Found once: diagnosis, every student and the evaluation ask for it.
+        """
+        return refit_classifier(self.features, self.labels, len(self.class_means))
 
     def log_prior(self) -> Tensor:
         """The teacher's own prior: log of its class-balanced mean prediction, ``(K,)``, float64."""

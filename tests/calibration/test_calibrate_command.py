@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import told
 from krdistill.calibrating import ask, calibrate_run, student_calibrator
 from krdistill.calibration import METHODS, Calibrator
-from krdistill.cli import main
 from krdistill.config import load_config
 from krdistill.errors import ConfigError, ModelError, RunFolderError
 from krdistill.pipeline import prepare, run
@@ -37,16 +36,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated") / "small"
     run(prepare(load_config(SMALL, [])), folder)
     return folder
-
-
-def told(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, " ".join(err.split())
 
 
 def test_all_methods_and_then_one(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

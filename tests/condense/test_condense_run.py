@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from command_line import told
 from krdistill.bank import load_answers
-from krdistill.cli import main
 from krdistill.condense import CondenseOptions, condense, soft_labels
 from krdistill.condense.making import class_confidence
 from krdistill.config import load_config
@@ -44,16 +44,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def given(teacher: Path) -> Any:
     return load_config({**SMALL, "teacher": {"model": "mlp64", "run": str(teacher)}}, [])
-
-
-def told(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, " ".join(err.split())
 
 
 class PixelTeacher(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from command_line import told
 from krdistill.answering import HEADS, answer_run, fit_head
 from krdistill.bank import load_answers
-from krdistill.cli import main
 from krdistill.config import load_config
 from krdistill.dlsa import fit_dlsa
 from krdistill.errors import ConfigError, ModelError, RunFolderError
@@ -42,16 +41,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answers") / "small"
     run(prepare(load_config(SMALL, [])), folder, report=False)
     return folder
-
-
-def told(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, " ".join(err.split())
 
 
 def test_own_answers_are_those_of_the_network(finished: Path, tmp_path: Path) -> None:

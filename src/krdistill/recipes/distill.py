@@ -87,7 +87,7 @@ class DistillOptions(Options):
         for used, why, names in (
             (
                 self.prior not in ("none", "refit"),
-                f"prior is {self.prior!r}",
+                f"prior is {self.prior!r}" + ("; set prior to label" if self.prior == "refit" else ""),
                 ("tau", "prior_side", "lrd_warmup"),
             ),
             (
@@ -140,7 +140,7 @@ def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
 def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
     """The teacher with a classifier that is fitted on its features with balanced softmax."""
     from ..errors import ModelError
-    from ..rectify.classifier_refit import RefittedTeacher, refit_classifier
+    from ..rectify.classifier_refit import RefittedTeacher
 
     teacher = context.require_teacher("Prior 'refit'")
     if not teacher.features.shape[1]:
@@ -148,7 +148,7 @@ def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
             "prior 'refit' fits a classifier on the teacher's features, and it shows none. Name the tensor that holds "
             "them with teacher.tap, store them with its answers, or take prior 'label' and feature_weight 0."
         )
-    return RefittedTeacher(*refit_classifier(teacher.features, teacher.labels, context.prior.num_classes))
+    return RefittedTeacher(*teacher.refitted)
 
 
 def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Tensor, float]:
