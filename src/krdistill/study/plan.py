@@ -283,7 +283,11 @@ def _items(base: RunConfig, method: MethodConfig, seed: int) -> tuple[Item, Item
         RunConfig,
         {
             **shared, "name": f"teacher-{slug}"[:80], "export": {"onnx": False}, "recipe": {"name": "none"},
-            "student": {"model": base.teacher.model, "tap": None if base.teacher.file else base.teacher.tap},
+            "student": {
+                "model": base.teacher.model,
+                "tap": None if base.teacher.file else base.teacher.tap,
+                "train": {"augmentation": base.teacher.train.augmentation},  # the default is for images alone
+            },
         },
     )  # fmt: skip
     teacher = Item(f"teachers/{slug}-seed{seed}-{_hash(shared)}", "teacher", teacher_config, shared)
