@@ -625,6 +625,16 @@ def test_flat_names() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_study_of_rows_and_one_of_sentences(tmp_path: Path) -> None:
+    rows = _plan(tmp_path, base="features-lt", seeds=[0], methods=["kd"], set={"train.epochs": 2})
+    status = run_study(rows, StudyFolder(tmp_path / "out"), Here())
+    assert set(status.states.values()) == {"done"}, status.failures
+    sentences = _plan(tmp_path, base="banking77-lt", seeds=[0], methods=["kd"], set={})
+    teacher = next(item for item in sentences.items.values() if item.kind == "teacher")
+    # What stands in for the student of a teacher's own run is checked against the data like any other.
+    assert teacher.config.student.train.augmentation == "none" == teacher.config.teacher.train.augmentation
+
+
 def test_the_command_prints_and_tells_by_its_status(tmp_path: Path) -> None:
     broken = {"name": "kd", "label": "broken", "set": {"student.head": "cosine", "student.second_stage": "crt"}}
     plan = _plan(tmp_path, methods=["kd", broken], seeds=[3])
