@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import select
 import shutil
@@ -38,6 +37,7 @@ from krdistill.config import load_config
 from krdistill.events import Events
 from krdistill.files import half_written, write_json
 from krdistill.pipeline import prepare, run
+from krdistill.runfolder import environment
 
 CONFIG: dict[str, Any] = {
     "name": "crash",
@@ -153,7 +153,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def torture(root: Path, kills: int, seed: int) -> dict[str, Any]:
     """Does it; the result says how many kills met which stage, and what differed in which run."""
-    began, rng = time.monotonic(), random.Random(seed)
+    began, rng, provenance = time.monotonic(), random.Random(seed), environment(torch.device("cpu"))
     whole = root / "whole"
     first = Attempt(whole)
     times = first.follow()
@@ -188,8 +188,7 @@ def torture(root: Path, kills: int, seed: int) -> dict[str, Any]:
         "checkpoint_seconds": CHECKPOINT_SECONDS,
         "config": CONFIG,
         "seconds": round(time.monotonic() - began, 1),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
+        "provenance": provenance,
     }
 
 
@@ -205,7 +204,7 @@ def main() -> None:
     result = torture(root, given.kills, given.seed)
     if given.json:
         write_json(given.json, result)
-    print(json.dumps({k: v for k, v in result.items() if k != "config"}, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k not in ("config", "provenance")}, indent=1))
     if result["runs_that_differ"]:
         sys.exit(f"Some runs differ; they are kept in {root}.")
     shutil.rmtree(root)

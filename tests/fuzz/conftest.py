@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -44,16 +43,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     target = os.environ.get("KRDISTILL_FUZZ_JSON")
     if not target or hasattr(session.config, "workerinput"):
         return
-    import numpy as np
-    import PIL
     import torch
-    import yaml
 
-    import krdistill
     from krdistill.files import write_json
     from krdistill.runfolder import environment
 
-    where = environment(torch.device("cpu"))
     write_json(
         Path(target),
         {
@@ -62,12 +56,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "failures": {name: _FAILED[name] for name in SHARES},
             "asked_for": CASES,
             "seconds": round(time.monotonic() - _BEGAN, 1),
-            "commit": where["git"],
-            "krdistill": krdistill.__version__,
-            "versions": {
-                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                "pillow": PIL.__version__, "pyyaml": yaml.__version__, "hypothesis": hypothesis.__version__,
-            },
-            "processor": where["processor"],
+            "hypothesis": hypothesis.__version__,
+            "provenance": environment(torch.device("cpu")),
         },
-    )  # fmt: skip
+    )
