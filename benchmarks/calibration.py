@@ -1,11 +1,12 @@
 """How well calibration fitted on a long-tailed validation part holds on a balanced test set.
 
-    python benchmarks/calibration.py [--seeds N] [--runs FOLDER] [--json PATH]
+    python benchmarks/calibration.py [--sets cifar100-lt,banking77-lt] [--seeds N] [--runs FOLDER] [--json PATH]
 
-CIFAR-100-LT with imbalance factor 100, at most 200 images of a class, 16x16 pixels, a fifth of every class for
-validation: ResNet-20 teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs each.
-Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which the
-test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
+A fifth of every class is put aside for validation. ``cifar100-lt``: imbalance factor 100, at most 200 images of a
+class, 16x16 pixels; ResNet-20 teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs
+each. ``banking77-lt``: imbalance factor 50, questions to a bank; a frozen MiniLM encoder teaches a bag of n-grams.
+Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which
+the test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
 
 Runs that are in FOLDER already are not trained again. The file is written from a clean source tree alone.
 """
@@ -37,13 +38,19 @@ from krdistill.evaluation.calibration import MEASURES
 from krdistill.pipeline import prepare, run
 from krdistill.runfolder import METRICS, environment
 
-CONFIG = [
+SETS: dict[str, list[tuple[str, str]]] = {
+    "cifar100-lt": [
+        ("data.image_size", "16"),
+        ("data.n_max", "200"),
+        ("train.epochs", "20"),
+        ("train.evaluate_every", "20"),
+        ("train.compile", "none"),
+    ],
+    "banking77-lt": [("train.evaluate_every", "100")],
+}
+COMMON = [
     ("name", "calibration"),
-    ("data.image_size", "16"),
-    ("data.n_max", "200"),
     ("data.val_fraction", "0.2"),
-    ("train.epochs", "20"),
-    ("train.evaluate_every", "20"),
     ("recipe", "krdistill"),
     ("baselines", "[none]"),
     ("export.onnx", "false"),
@@ -137,37 +144,49 @@ def summarise(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def show(name: str, found: dict[str, Any], seeds: dict[str, dict[str, Any]]) -> None:
+    """Prints a set's figures."""
+    for network, methods in found.items():
+        print(f"{f'{name} {network}':<25}" + "".join(f"{m:>16}" for m in MEASURES) + f"{'T':>9}")
+        for method, row in methods.items():
+            T = [s[network]["temperatures"].get(method) for s in seeds.values()]
+            shown = f"{statistics.mean(T):9.3f}" if None not in T else ""
+            print(f"{method:<25}" + "".join(f"{row[m]['mean']:9.4f} ± {row[m]['std']:.4f}" for m in MEASURES) + shown)
+        for i, alpha in enumerate(ALPHAS):
+            at = [s[network]["transfer"][i] for s in seeds.values()]
+            words = ", ".join(f"{k} {statistics.mean(v[k] for v in at):.3f}" for k in at[0] if k != "alpha")
+            print(f"  alpha {alpha}: {words}")
+        print(flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, help="keep the runs here, as seed<N>; by default they are removed")
+    parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--runs", type=Path, help="keep the runs here, as NAME-seed<N>; by default they are removed")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     provenance = environment(torch.device("cpu"))
     if arguments.json and str(provenance["git"] or "").endswith("-dirty"):
         parser.error("the source has changes that no commit holds; commit them first, or leave --json out")
-    seeds: dict[str, dict[str, Any]] = {}
+    names = arguments.sets.split(",")
+    if unknown := set(names) - set(SETS):
+        parser.error(f"--sets: expected some of {', '.join(SETS)}, got {', '.join(sorted(unknown))}")
+    kept: dict[str, Any] = {"provenance": provenance, "sets": {}}
     with tempfile.TemporaryDirectory() as place:
-        for seed in range(arguments.seeds):
-            folder = (arguments.runs or Path(place)) / f"seed{seed}"
-            if not (folder / METRICS).is_file():
-                run(prepare(load_config("cifar100-lt", [*CONFIG, ("seed", str(seed))])), folder, report=False)
-            seeds[str(seed)] = {network: measure(folder, network) for network in NETWORKS}
-    found = summarise(seeds)
-    for network, methods in found.items():
-        print(f"{network:<21}" + "".join(f"{m:>16}" for m in MEASURES) + f"{'T':>9}")
-        for method, row in methods.items():
-            T = [s[network]["temperatures"].get(method) for s in seeds.values()]
-            shown = f"{statistics.mean(T):9.3f}" if None not in T else ""
-            print(f"{method:<21}" + "".join(f"{row[m]['mean']:9.4f} ± {row[m]['std']:.4f}" for m in MEASURES) + shown)
-        for i, alpha in enumerate(ALPHAS):
-            at = [s[network]["transfer"][i] for s in seeds.values()]
-            words = ", ".join(f"{k} {statistics.mean(v[k] for v in at):.3f}" for k in at[0] if k != "alpha")
-            print(f"  alpha {alpha}: {words}")
-        print()
+        for name in names:
+            seeds: dict[str, dict[str, Any]] = {}
+            for seed in range(arguments.seeds):
+                folder = (arguments.runs or Path(place)) / f"{name}-seed{seed}"
+                if not (folder / METRICS).is_file():
+                    config = load_config(name, [*COMMON, *SETS[name], ("seed", str(seed))])
+                    run(prepare(config), folder, report=False)
+                seeds[str(seed)] = {network: measure(folder, network) for network in NETWORKS}
+            found = summarise(seeds)
+            kept["sets"][name] = {"config": dict([*COMMON, *SETS[name]]), "summary": found, "seeds": seeds}
+            show(name, found, seeds)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"provenance": provenance, "config": dict(CONFIG), "summary": found, "seeds": seeds}
         arguments.json.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
