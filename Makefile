@@ -42,6 +42,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python benchmarks/systems.py
 	$(BIN)/python benchmarks/results.py
 
 crash-test: $(VENV)/.test

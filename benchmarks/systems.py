@@ -1,0 +1,153 @@
+"""Writes the figures of calibration, DLSA and condensed sets into their pages, or checks that they are current.
+
+python benchmarks/systems.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+SETS = {
+    "cifar100-lt": "CIFAR-100-LT, imbalance factor 100",
+    "banking77-lt": "Banking77-LT, imbalance factor 50",
+    "cifar": "Ten classes of CIFAR-100-LT, imbalance factor 100",
+    "digits": "Handwritten digits, imbalance factor 50",
+}
+KINDS = {"hard": "hard labels", "soft": "the teacher's", "adsa": "rectified by ADSA"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def cell(value: dict[str, float] | None, digits: int = 2) -> str:
+    return "n/a" if value is None else f"{100 * value['mean']:.{digits}f} ± {100 * value['std']:.{digits}f}"
+
+
+def where(result: dict[str, Any], name: str, seeds: int) -> str:
+    p = result["provenance"]
+    return (
+        f"Mean ± standard deviation of {seeds} seeds; {p['processor']}, torch {p['torch']}, commit `{p['git']}`: "
+        f"[{name}.json](../benchmarks/results/{name}.json)."
+    )
+
+
+def calibration(result: dict[str, Any]) -> str:
+    """Balanced ECE of every network by every method, a table for every data set."""
+    parts, seeds = [], 0
+    for name, found in result["sets"].items():
+        networks = found["summary"]
+        seeds = len(found["seeds"])
+        methods = list(next(iter(networks.values())))
+        head = ["balanced ECE, %", *(_network(n) for n in networks), "its temperature"]
+        rows = []
+        for method in methods:
+            told = [s["student"]["temperatures"].get(method) for s in found["seeds"].values()]
+            T = "-" if None in told else f"{sum(told) / len(told):.2f}"
+            rows.append([method, *(cell(networks[n][method]["balanced_ece"]) for n in networks), T])
+        parts.append(f"**{SETS[name]}**\n\n{table(head, rows)}")
+    note = "`oracle` is the temperature under which the test labels are likeliest, which no method may know."
+    return "\n\n".join([*parts, f"{note} {where(result, 'calibration', seeds)}"])
+
+
+def _network(name: str) -> str:
+    return {"none": "student without teacher", "student": "student by krdistill"}.get(name, name)
+
+
+def dlsa(name: str) -> Callable[[dict[str, Any]], str]:
+    def write(result: dict[str, Any]) -> str:
+        heads, balance = result["summary"]["heads"], result["summary"]["balance"]
+        groups = list(next(iter(heads.values()))["groups"])
+        rows = [
+            [label, cell(row["top1"]), *(cell(row["groups"][g]) for g in groups), cell(row["ece"])]
+            for label, row in heads.items()
+        ]
+        accuracy = table(["head, accuracy in %", "all", *groups, "ECE"], rows)
+        divided = []
+        for part, label in (("fit", "training rows"), ("test", "test rows")):
+            before, after, there = (balance[part][k] for k in ("before", "after", "divided"))
+            for key, words in (
+                ("size_entropy", "entropy of the clusters' sizes, of 1"),
+                ("purity", "share of a cluster's commonest class"),
+                ("head_tail_ratio", "head to tail within a cluster"),
+            ):
+                divided.append([f"{words}, {label}", f"{before[key]['mean']:.2f}", f"{after[key]['mean']:.2f}"])
+            words = f"head to tail: the whole, what stays at the first level, what is left; {label}"
+            ratios = " / ".join(f"{there[k]['mean']:.1f}" for k in ("ratio_staying", "ratio_left"))
+            divided.append([words, f"{before['undivided']['mean']:.1f}", ratios])
+        spread = table(["balance of the clusters", "before fitting", "after"], divided)
+        return f"{accuracy}\n\n{spread}\n\n{where(result, name, len(result['seeds']))}"
+
+    return write
+
+
+def condense(result: dict[str, Any]) -> str:
+    """Accuracies of students of small sets by labels, a table for every data set, and the gain by ADSA."""
+    parts, seeds = [], 0
+    for name, found in result["sets"].items():
+        seeds = len(found["seeds"])
+        groups = list(next(iter(next(iter(found["summary"].values())).values())))
+        rows = []
+        for row, labels in found["summary"].items():
+            method, _, ipc = row.rpartition("-")
+            place = f"{method}, {ipc} a class" if method else "the whole set"
+            for key, values in labels.items():
+                words = KINDS[key] if method else {"soft": "the teacher's"}.get(key, "hard labels")
+                rows.append([f"{place}: {words}", *(cell(values[g], 1) for g in groups)])
+        parts.append(f"**{SETS[name]}**\n\n{table(['accuracy in %', *groups], rows)}")
+        gains = []
+        for row, labels in found["summary"].items():
+            if "adsa" in labels:
+                each = [[s[row]["adsa"][g] - s[row]["soft"][g] for s in found["seeds"]] for g in groups]
+                told = [f"{100 * sum(d) / len(d):+.1f} ({100 * min(d):+.1f} to {100 * max(d):+.1f})" for d in each]
+                gains.append([row.replace("-", ", ") + " a class", *told])
+        parts.append(table(["gain by ADSA, points: mean (least to most)", *groups], gains))
+    return "\n\n".join([*parts, where(result, "condense", seeds)])
+
+
+# Page to the sections that stand between its marks, each made from the results of its name.
+PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "howto-calibrate": {"calibration": calibration},
+    "howto-dlsa": {"dlsa-cifar100": dlsa("dlsa-cifar100"), "dlsa-tiny": dlsa("dlsa-tiny")},
+    "howto-condense": {"condense": condense},
+}
+
+
+def updated(page: str, name: str) -> str:
+    """The page with the figures put between the marks of every section whose results are there."""
+    for section, write in PAGES[name].items():
+        marks = re.compile(rf"(<!-- {section}:begin -->\n).*?(<!-- {section}:end -->)", re.S)
+        if not marks.search(page):
+            raise SystemExit(f"docs/{name}.md has no place for {section}")
+        path = RESULTS / f"{section}.json"
+        text = write(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not measured yet."
+        page = marks.sub(lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not current")
+    check = parser.parse_args().check
+    for name in PAGES:
+        path = DOCS / f"{name}.md"
+        old = path.read_text(encoding="utf-8")
+        new = updated(old, name)
+        if check and new != old:
+            sys.exit(f"docs/{name}.md does not show the committed results; run python benchmarks/systems.py")
+        if not check:
+            path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
