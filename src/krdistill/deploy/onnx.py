@@ -21,6 +21,7 @@ from ..errors import ArgumentError, KrdistillError, MissingDependencyError
 from ..files import replacing
 from ..kinds import MAX_BYTES, NOUNS, as_batch
 from ..models.network import Network
+from .compacting import compact
 from .measuring import count_graph
 
 TOLERANCE = 1e-4
@@ -100,9 +101,7 @@ def export_onnx(
             verbose=False,
         )
         model = onnx.load(str(part))
-        for node in model.graph.node:  # the exporter notes where in the source a node comes from, paths and all
-            del node.metadata_props[:]
-            node.doc_string = ""
+        compact(model)  # the exporter notes where in the source a node comes from, paths and all
         for key, value in card.items():
             entry = model.metadata_props.add()
             entry.key, entry.value = key, json.dumps(value, ensure_ascii=False)

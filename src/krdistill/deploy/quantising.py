@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.containers import Examples
 from ..errors import ArgumentError, MissingDependencyError
 from ..rng import generator
+from .compacting import compact
 
 CALIBRATION_IMAGES = 512
 _BATCH = 32
@@ -103,6 +104,8 @@ def quantise_onnx(source: Path, target: Path, images: Tensor) -> Path:
     model = onnx.load(str(target))
     del model.metadata_props[:]
     model.metadata_props.extend(onnx.load(str(source)).metadata_props)
+    compact(model, rename=True)
+    onnx.checker.check_model(model)
     onnx.save(model, str(target))
     return target
 
