@@ -8,6 +8,9 @@ each. ``banking77-lt``: imbalance factor 50, questions to a bank; a frozen MiniL
 Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which
 the test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
 
+On sentences, which have one view, students are taught by the teacher's calibrated answers too (``taught``): by kd, and
+by krdistill-lrd, which removes the class prior from them.
+
 Runs that are in FOLDER already are not trained again. The file is written from a clean source tree alone.
 """
 
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 
+from krdistill.answering import answer_run
 from krdistill.calibrating import ask, calibrate
 from krdistill.calibration import METHODS, Calibrator
 from krdistill.calibration.head_to_tail import (
@@ -56,6 +60,9 @@ COMMON = [
     ("export.onnx", "false"),
 ]
 NETWORKS = ("teacher", "none", "student")
+TAUGHT = ("banking77-lt",)
+TEACHERS = (None, "temperature", "balanced-temperature", "head-to-tail")
+TEACHING = ("kd", "krdistill-lrd")
 ALPHAS = (1.0, 0.998, 0.99, 0.95, 0.9)
 
 
@@ -104,6 +111,20 @@ def measure(folder: Path, network: str) -> dict[str, Any]:
         "methods": {name: _kept(row) for name, row in rows.items()},
         "transfer": transfer,
     }
+
+
+def teach(name: str, folder: Path, seed: str) -> dict[str, Any]:
+    """Accuracies of students of the run's teacher, as it is and calibrated: recipe to method to group."""
+    made: dict[str, Any] = {recipe: {} for recipe in TEACHING}
+    for method in TEACHERS:
+        path, _ = answer_run(folder, calibrated=method, out=folder / f"answers-{method}.npz")
+        for recipe in TEACHING:
+            given = [*COMMON, *SETS[name], ("seed", seed), ("recipe", recipe), ("baselines", "[]")]
+            config = load_config(name, [*given, ("teacher.answers", str(path)), ("bank.views", "0")])
+            student = run(prepare(config), folder / f"taught-{recipe}-{method}", report=False)["student"]
+            groups = {n: g["accuracy"] for n, g in student["groups"].items() if g is not None}
+            made[recipe][method or "none"] = {"all": student["top1"], **groups}
+    return made
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
@@ -173,11 +194,11 @@ def main() -> None:
     if unknown := set(names) - set(SETS):
         parser.error(f"--sets: expected some of {', '.join(SETS)}, got {', '.join(sorted(unknown))}")
     kept: dict[str, Any] = {"provenance": provenance, "sets": {}}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             seeds: dict[str, dict[str, Any]] = {}
             for seed in range(arguments.seeds):
-                folder = (arguments.runs or Path(place)) / f"{name}-seed{seed}"
+                folder = (arguments.runs or Path(scratch)) / f"{name}-seed{seed}"
                 if not (folder / METRICS).is_file():
                     config = load_config(name, [*COMMON, *SETS[name], ("seed", str(seed))])
                     run(prepare(config), folder, report=False)
@@ -185,6 +206,10 @@ def main() -> None:
             found = summarise(seeds)
             kept["sets"][name] = {"config": dict([*COMMON, *SETS[name]]), "summary": found, "seeds": seeds}
             show(name, found, seeds)
+            if name in TAUGHT:
+                place = arguments.runs or Path(scratch)
+                kept["sets"][name]["taught"] = {s: teach(name, place / f"{name}-seed{s}", s) for s in seeds}
+                print(json.dumps(kept["sets"][name]["taught"], indent=1), flush=True)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n", "utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +57,25 @@ def calibration(result: dict[str, Any]) -> str:
             T = "-" if None in told else f"{sum(told) / len(told):.2f}"
             rows.append([method, *(cell(networks[n][method]["balanced_ece"]) for n in networks), T])
         parts.append(f"**{SETS[name]}**\n\n{table(head, rows)}")
+    for name, found in result["sets"].items():
+        if "taught" in found:
+            parts.append(f"**{SETS[name]}: students of the calibrated teacher**\n\n{_taught(found['taught'])}")
     note = "`oracle` is the temperature under which the test labels are likeliest, which no method may know."
     return "\n\n".join([*parts, f"{note} {where(result, 'calibration', seeds)}"])
+
+
+def _taught(seeds: dict[str, Any]) -> str:
+    rows = []
+    for recipe, methods in next(iter(seeds.values())).items():
+        for method, groups in methods.items():
+            told = {g: [s[recipe][method][g] for s in seeds.values()] for g in groups}
+            spread = [
+                {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0} for v in told.values()
+            ]
+            teacher = "as it is" if method == "none" else f"by {method}"
+            rows.append([f"{recipe}, teacher {teacher}", *(cell(v, 1) for v in spread)])
+    groups = next(iter(next(iter(seeds.values())).values()))["none"]
+    return table(["accuracy in %", *groups], rows)
 
 
 def _network(name: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibration import METHODS, Calibrator, FeatureEvidence, fit_calibrator
 from .config import RunConfig, load_config
 from .data import DataBundle
 from .errors import ConfigError, ModelError, RunFolderError, unknown_name
@@ -107,6 +108,7 @@ def answer_run(
     *,
     head: str = "own",
     network: str = "teacher",
+    calibrated: str | None = None,
     out: Path | None = None,
     seed: int | None = None,
     on_step: Callable[[str], None] | None = None,
@@ -118,24 +120,29 @@ def answer_run(
         run: the run folder.
         head: what answers on its features; see :func:`fit_head`. It is fitted to the training part.
         network: ``teacher``, ``student`` or a baseline's key.
-        out: the ``.npz`` file to write; by default ``answers-<network>-<head>.npz`` in the run folder.
+        calibrated: a calibration method (:data:`krdistill.calibration.METHODS`), fitted to these answers on the
+            validation part; the logarithms of its probabilities are stored as logits.
+        out: the ``.npz`` file to write; by default ``answers-<network>-<head>.npz`` in the run folder, with
+            ``-<calibrated>`` where there is one.
         seed: of the head; by default the run's.
         on_step: hears what is done, in words.
         options: of the head's own function.
 
     Returns:
-        The file, and ``{"head", ..., "test"}``: what was chosen, and the metrics on the test part
-        (:func:`~krdistill.evaluation.evaluate_predictions`).
+        The file, and ``{"head", ..., "test"}``: what was chosen, the calibrator as plain data, and the metrics on the
+        test part (:func:`~krdistill.evaluation.evaluate_predictions`).
 
     Raises:
-        ConfigError: an unknown head, another ending than ``.npz``, or a head that needs a validation part.
+        ConfigError: an unknown head or method, another ending than ``.npz``, or one that needs a validation part.
         RunFolderError: no finished run, no such network in it, or its data changed since.
         ModelError: a network without features, where the head needs them.
     """
     say = on_step or (lambda words: None)
     if head not in HEADS:
         raise ConfigError(unknown_name("head", head, HEADS))
-    out = out or run / f"answers-{network}-{head}.npz"
+    if calibrated is not None and calibrated not in METHODS:
+        raise ConfigError(unknown_name("calibration method", calibrated, METHODS))
+    out = out or run / f"answers-{network}-{head}{'' if calibrated is None else f'-{calibrated}'}.npz"
     if out.suffix != ".npz":
         raise ConfigError(f"{out}: expected a .npz file to write the answers to.")
     if not (run / CONFIG).is_file() or not (run / SPLIT).is_file():
@@ -156,6 +163,11 @@ def answer_run(
     say(f"asking the {network}")
     named = (("train", data.train), ("val", data.val), ("test", data.test))
     parts = {name: part for name, part in named if part is not None and len(part)}
+    if calibrated is not None and "val" not in parts:
+        raise ConfigError(
+            f"{run} has no validation part, and a calibrator is never fitted on training or test examples. Run it "
+            "again with one put aside: --data.val_fraction 0.1 (and another --out)."
+        )
     outputs, own, has_feature = _ask(folder, config, data, parts)
     if head != "own":
         if not has_feature:
@@ -171,6 +183,11 @@ def answer_run(
             outputs = {p: (answer(f).float(), f) for p, (_, f) in outputs.items()}
     else:
         found = {"head": head}
+    if calibrated is not None:
+        say(f"calibrating by {calibrated}")
+        calibrator = _calibrator(calibrated, outputs, parts, has_feature, network)
+        outputs = {p: (calibrator.log_probabilities(z).float(), f) for p, (z, f) in outputs.items()}
+        found = {**found, "calibrator": calibrator.as_dict()}
     arrays: dict[str, Any] = {
         "logits": torch.cat([z for z, _ in outputs.values()]).numpy(),
         "ids": np.array([i for p in parts.values() for i in p.ids]),
@@ -183,6 +200,17 @@ def answer_run(
     _, groups = measure(data, config.data.groups)
     test = evaluate_predictions(outputs["test"][0], data.test.labels, groups, class_names=data.test.class_names)
     return out, {**found, "test": test}
+
+
+def _calibrator(
+    method: str, outputs: dict[str, tuple[Tensor, Tensor]], parts: dict[str, Any], has_feature: bool, network: str
+) -> Calibrator:
+    evidence = None
+    if method == "head-to-tail":
+        if not has_feature:
+            raise ModelError(f"The {network} gives no features, and head-to-tail calibration needs them.")
+        evidence = FeatureEvidence(outputs["val"][1], outputs["train"][1], parts["train"].labels)
+    return fit_calibrator(method, outputs["val"][0], parts["val"].labels, evidence=evidence)
 
 
 def _ask(

@@ -172,7 +172,7 @@ def _check_bank(config: RunConfig, recipes: list[tuple[Recipe, Options]]) -> Non
     if config.student.train.mixup > 0:
         raise ConfigError("bank.views: mixed images cannot be stored; set bank.views 0, or student.train.mixup 0.")
     if config.teacher.answers:
-        raise ConfigError("bank.views: teacher.answers are stored answers already; leave bank.views out.")
+        raise ConfigError("bank.views: teacher.answers are stored answers already; set bank.views 0.")
     if not config.bank.features:
         lost = [r.name for r, options in recipes if _reads_bank(r) and "features" in r.needs_with(options)]
         if lost:

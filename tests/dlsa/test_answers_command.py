@@ -13,6 +13,8 @@ from torch import nn
 from command_line import told
 from krdistill.answering import HEADS, answer_run, fit_head
 from krdistill.bank import load_answers
+from krdistill.calibrating import calibrate_run
+from krdistill.calibration import Calibrator
 from krdistill.config import load_config
 from krdistill.dlsa import fit_dlsa
 from krdistill.errors import ConfigError, ModelError, RunFolderError
@@ -60,6 +62,40 @@ def test_every_head_answers(finished: Path, tmp_path: Path, head: str) -> None:
         assert np.isfinite(stored["logits"]).all()
         assert set(stored.files) == {"logits", "features", "ids", "class_names"}
     assert found["head"] == head and found["test"]["top1"] > 0.3
+
+
+@pytest.mark.parametrize("method", ["temperature", "head-to-tail", "histogram"])
+def test_calibrated_answers_are_what_the_calibrator_says(finished: Path, tmp_path: Path, method: str) -> None:
+    plain, _ = answer_run(finished, out=tmp_path / "plain.npz")
+    path, found = answer_run(finished, calibrated=method, out=tmp_path / "calibrated.npz")
+    with np.load(plain) as a, np.load(path) as b:
+        before, after = a["logits"], b["logits"]
+        assert np.isfinite(after).all() and np.array_equal(a["features"], b["features"])
+    shown = np.exp(after.astype(np.float64))
+    np.testing.assert_allclose(shown, Calibrator.from_dict(found["calibrator"])(before), atol=1e-6)
+    # It is the calibrator that krdistill calibrate fits to the same network.
+    own = calibrate_run(finished, network="teacher", methods=(method,))["methods"][method]["calibrator"]
+    assert found["calibrator"] == own
+
+
+def test_calibrated_answers_teach(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "calibrated.npz"
+    code, printed, err = told(capsys, ["answers", str(finished), "--calibrated", "temperature", "--out", str(out)])
+    assert code == 0, err
+    assert "calibrated by temperature (T " in printed
+    given = [("teacher.answers", str(out)), ("name", "taught")]
+    metrics = run(prepare(load_config(SMALL, given)), tmp_path / "taught", report=False)
+    assert metrics["student"]["top1"] > 0.3
+
+
+def test_what_cannot_be_calibrated_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"calibration method 'platt'.*temperature"):
+        answer_run(finished, calibrated="platt", out=tmp_path / "a.npz")
+    whole = tmp_path / "whole"
+    run(prepare(load_config(SMALL, [("data.val_fraction", "0"), ("train.epochs", "1")])), whole, report=False)
+    with pytest.raises(ConfigError, match="no validation part"):
+        answer_run(whole, calibrated="temperature", out=tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_dlsa_teaches_a_student_through_its_answers(

@@ -82,6 +82,16 @@ class Calibrator:
         xp = namespace(p)
         return self(xp.log(xp.clip(p, TINY, None)))
 
+    def log_probabilities(self, logits: Any) -> Any:
+        """Their logarithms, finite, as another program's logits: the softmax of them is what the call answers.
+
+        Args:
+            logits: as for the call. A probability of 0 becomes the smallest number of float32.
+        """
+        p = self(logits)
+        xp = namespace(p)
+        return xp.log(xp.clip(p, TINY, None))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"method": self.method, "num_classes": self.num_classes, "parameters": dict(self.parameters)}
