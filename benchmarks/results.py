@@ -35,7 +35,19 @@ STUDIES = ROOT / "benchmarks" / "results" / "studies"
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.yaml"
 PRESETS = ROOT / "src" / "krdistill" / "presets"
 
-FIRST = ("rivals", "tiny", "rivals-if", "text", "compression", "design-lrd", "design-rrd", "design-teachers", "ideas")
+FIRST = (
+    "rivals",
+    "tiny",
+    "rivals-if",
+    "text",
+    "features",
+    "timm",
+    "compression",
+    "design-lrd",
+    "design-rrd",
+    "design-teachers",
+    "ideas",
+)
 ALL, BALANCED, FEW = "last.top1", "last.balanced_accuracy", "last.groups.shot.few"
 COLUMNS = (
     ("all", ALL),
