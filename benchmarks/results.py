@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml
 
-from krdistill.reporting.study import clear, rare_metric
-from krdistill.reporting.tables import NA, clean
+from krdistill.reporting.study import clear, difference_cell, mean_cell, rare_metric
+from krdistill.reporting.tables import clean
 from krdistill.study.statistics import Difference, paired_difference, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,30 +156,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -
 
 
 def mean_words(entry: Mapping[str, Any] | None) -> str:
-    """Mean, sample standard deviation and number of seeds, in percent.
-
-    >>> mean_words({"mean": 0.456, "std": 0.0123, "n": 3})
-    '45.60 ± 1.23 (n=3)'
-    """
-    if entry is None or entry["mean"] is None:
-        return NA
-    spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.2f}"
-    return f"{100 * entry['mean']:.2f}{spread} (n={entry['n']})"
+    """Mean, sample standard deviation and number of seeds, in percent, to two digits."""
+    return mean_cell(entry, digits=2)
 
 
 def gap_words(entry: Mapping[str, Any] | None) -> str:
     """A paired difference in points with its interval; bold where that leaves zero out.
 
     >>> gap_words({"mean": 0.02, "half_width": 0.01, "n": 3})
-    '**+2.00 [+1.00, +3.00]**'
+    '**+2.00 [+1.00, +3.00]** (n=3)'
     """
-    if entry is None:
-        return NA
-    mean, half = 100 * entry["mean"], entry["half_width"]
-    if half is None:
-        return f"{mean:+.2f} (one seed, no interval)"
-    words = f"{mean:+.2f} [{mean - 100 * half:+.2f}, {mean + 100 * half:+.2f}]"
-    return f"**{words}**" if clear(entry) else words
+    words, mark, seeds = difference_cell(entry, digits=2).partition(" (n=")
+    return f"**{words}**{mark}{seeds}" if clear(entry) else f"{words}{mark}{seeds}"
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -392,7 +380,7 @@ def bars(results: Results, place: Row) -> list[tuple[str, str, str]]:
             found.append((what, "", "not run"))
             continue
         verdict = "one seed" if d.half_width is None else "yes" if d.mean > d.half_width else "no"
-        found.append((what, f"{gap_words(d._asdict())} (n={d.n})", verdict))
+        found.append((what, f"{gap_words(d._asdict())}", verdict))
     family = {m["label"] or m["name"] for m in results["study"]["methods"] if m["name"].startswith("krdistill")}
     rivals = [r for r in place["rows"] if r["method"] not in family and _mean(r, BALANCED) is not None]
     wanted = [("kd", _row(place, _plain_method(results, "kd")), OVER_KD)]
@@ -403,14 +391,14 @@ def bars(results: Results, place: Row) -> list[tuple[str, str, str]]:
         d = gap(ours, row, BALANCED)
         what = f"{least:g} point{'s' if least != 1 else ''} or more above {other}, balanced accuracy"
         verdict = "not run" if d is None else "yes" if 100 * d.mean >= least else "no"
-        found.append((what, f"{gap_words(d._asdict())} (n={d.n})" if d else "", verdict))
+        found.append((what, f"{gap_words(d._asdict())}" if d else "", verdict))
     few = few_gap(results, place, label)
     words = "few-shot accuracy above the teacher's own after prior removal"
     if few is None:
         found.append((words, "", "no such classes"))
     else:
         d, mine, theirs = few
-        figures = f"{100 * mine:.2f} against {100 * theirs:.2f}, {gap_words(d._asdict())} (n={d.n})"
+        figures = f"{100 * mine:.2f} against {100 * theirs:.2f}, {gap_words(d._asdict())}"
         found.append((words, figures, "yes" if d.mean > 0 else "no"))
     return found
 

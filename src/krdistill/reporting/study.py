@@ -88,21 +88,21 @@ def rare_metric(place: Place) -> str | None:
     return next((name for name in last.values() if name in seen), None)
 
 
-def mean_cell(entry: Mapping[str, Any] | None) -> str:
+def mean_cell(entry: Mapping[str, Any] | None, digits: int = 1) -> str:
     """Mean, sample standard deviation and number of seeds, in percent.
 
-    >>> mean_cell({"mean": 0.456, "std": 0.0123, "n": 3}), mean_cell({"mean": 0.456, "std": None, "n": 1})
-    ('45.6 ± 1.2 (n=3)', '45.6 (n=1)')
+    >>> mean_cell({"mean": 0.456, "std": 0.0123, "n": 3}), mean_cell({"mean": 0.456, "std": None, "n": 1}, digits=2)
+    ('45.6 ± 1.2 (n=3)', '45.60 (n=1)')
     >>> mean_cell(None)
     'n/a'
     """
     if entry is None or entry["mean"] is None:
         return NA
-    spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
-    return f"{100 * entry['mean']:.1f}{spread} (n={entry['n']})"
+    spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.{digits}f}"
+    return f"{100 * entry['mean']:.{digits}f}{spread} (n={entry['n']})"
 
 
-def difference_cell(entry: Mapping[str, Any] | None) -> str:
+def difference_cell(entry: Mapping[str, Any] | None, digits: int = 1) -> str:
     """A paired difference in percentage points with its interval and number of seeds.
 
     >>> difference_cell({"mean": 0.012, "half_width": 0.02, "n": 3})
@@ -114,8 +114,9 @@ def difference_cell(entry: Mapping[str, Any] | None) -> str:
         return NA
     mean, half = 100 * entry["mean"], entry["half_width"]
     if half is None:
-        return f"{mean:+.1f} (one seed, no interval)"
-    return f"{mean:+.1f} [{mean - 100 * half:+.1f}, {mean + 100 * half:+.1f}] (n={entry['n']})"
+        return f"{mean:+.{digits}f} (one seed, no interval)"
+    low, high = mean - 100 * half, mean + 100 * half
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] (n={entry['n']})"
 
 
 def clear(entry: Mapping[str, Any] | None) -> bool:
