@@ -186,7 +186,9 @@ def place_setting(results: Results, place: Row) -> str:
     """Data, networks and epochs of one place, in a line."""
     found, split = settings(results, place), place["split"]
     words = [f"`{_text(split['name'])}`"] if split else []
-    if found.get("data.imbalance_factor") is not None:
+    if found.get("data.profile") == "none":
+        words.append("taken as it is")
+    elif found.get("data.imbalance_factor") is not None:
         words.append(f"imbalance factor {found['data.imbalance_factor']:g}")
     if split:
         words.append(
