@@ -18,7 +18,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def section(studies: dict[str, dict[str, Any]]) -> str:
-    """The README's results section: the first place of the study, its setting and its table."""
+    """The README's results section: the first place of the study, its setting and its table, and the overview."""
     found = studies[STUDY]
     place = found["places"][0]
     note = (
@@ -28,7 +28,11 @@ def section(studies: dict[str, dict[str, Any]]) -> str:
     table = results.study_table(found, place, {})
     made = f"Made by `krdistill compare benchmarks/studies/{STUDY}.yaml`: "
     made += f"[{STUDY}.json](benchmarks/results/studies/{STUDY}.json)."
-    return "\n\n".join([results.place_setting(found, place), note, table, made])
+    others = (
+        "The same recipes, set alike, on other data (tail: the few-shot classes, or the rarest third of the classes):"
+    )
+    parts = [results.place_setting(found, place), note, table, made, others, results.overview(studies)]
+    return "\n\n".join(parts)
 
 
 def updated(readme: str, text: str) -> str:

@@ -58,6 +58,15 @@ COLUMNS = (
 )
 # What the default recipe is held against, in the studies that were made for it, and by how many points.
 BAR_STUDIES = {"rivals": "CIFAR-100-LT, imbalance factor 100", "tiny": "Tiny-ImageNet-LT"}
+# The studies of methods against each other, in the overview: what they learned from, by the label of the data.
+OVERVIEW = {
+    "rivals": {"": "CIFAR-100-LT, imbalance factor 100"},
+    "rivals-if": {"if50": "CIFAR-100-LT, imbalance factor 50", "if10": "CIFAR-100-LT, imbalance factor 10"},
+    "tiny": {"": "Tiny-ImageNet-LT, imbalance factor 100"},
+    "text": {"": "Banking77-LT (sentences), imbalance factor 50"},
+    "features": {"": "digits as rows of numbers, imbalance factor 30"},
+    "timm": {"": "digits, two networks of timm, imbalance factor 50"},
+}
 RIVALS = ("kd", "kd-balanced", "bkd", "ltkd", "dkd", "dive")
 OVER_KD, OVER_BEST = 3.0, 1.0
 PAPER_BARS = {("resnet32x4", "resnet8x4"): (54.0, 33.0), ("resnet50", "mobilenetv2"): (46.0, 25.0)}
@@ -421,6 +430,32 @@ def headline(studies: Mapping[str, Results]) -> str:
     return "\n\n".join(parts)
 
 
+def overview(studies: Mapping[str, Results]) -> str:
+    """The default recipe, plain distillation and the best rival on every data set that methods were compared on."""
+    rows = []
+    for name, labels in OVERVIEW.items():
+        results = studies.get(name)
+        for data, what in labels.items() if results is not None else ():
+            assert results is not None
+            place = next(p for p in results["places"] if (p["data"] or "") == data)
+            ours, kd = (_row(place, label) for label in (default_method(results), _plain_method(results, "kd")))
+            if ours is None or kd is None:
+                continue
+            rival = _best_rival(results, place)
+            rare = FEW if _mean(ours, FEW) is not None else rare_metric(place) or ALL
+            cells = [what, mean_words(ours["metrics"][ALL]), mean_words(kd["metrics"][ALL])]
+            cells.append("-" if rival is None else f"{mean_words(rival['metrics'][ALL])}, {_text(rival['method'])}")
+            rows.append([*cells, *(f"{100 * r['metrics'][rare]['mean']:.1f}" if r else "-" for r in (ours, kd, rival))])
+    head = ["all classes, %", "krdistill", "kd", "best other", "tail: krdistill", "kd", "best other"]
+    return _table(head, rows)
+
+
+def _best_rival(results: Results, place: Row) -> Row | None:
+    """The method of the highest all-class mean that is none of ours."""
+    family = {m["label"] or m["name"] for m in results["study"]["methods"] if m["name"].startswith("krdistill")}
+    return next((r for r in ordered(place) if r["method"] not in family), None)
+
+
 def _standing(results: Results, place: Row) -> str:
     label = default_method(results)
     ours = _row(place, label)
@@ -428,8 +463,7 @@ def _standing(results: Results, place: Row) -> str:
         return "The default recipe has not been run."
     rank = [r["method"] for r in ordered(place)].index(label) + 1
     others = [_row(place, _plain_method(results, r)) for r in ("kd", "kd-balanced")]
-    family = {m["label"] or m["name"] for m in results["study"]["methods"] if m["name"].startswith("krdistill")}
-    rival = next((r for r in ordered(place) if r["method"] not in family), None)
+    rival = _best_rival(results, place)
     shown = list({r["method"]: r for r in (ours, rival, *others) if r and _mean(r, ALL) is not None}.values())
     words = [
         f"{_text(r['method'])} {mean_words(r['metrics'][ALL])}, few {mean_words(r['metrics'].get(FEW))}" for r in shown
@@ -577,6 +611,10 @@ def page(studies: Mapping[str, Results], published: Mapping[str, Any]) -> str:
 
 This page is made by `python benchmarks/results.py` from the committed results of the studies; nobody types a number
 here. What a person concludes stands under "What we conclude" of each study.
+
+{overview(studies)}
+
+Tail: the few-shot classes, or the rarest third where the groups are thirds.
 
 {headline(studies)}
 

@@ -1,4 +1,4 @@
-"""Writes the figures of calibration, DLSA and condensed sets into their pages, or checks that they are current.
+"""Writes the figures of calibration, DLSA, condensed sets and the crash test into their pages, or checks them.
 
 python benchmarks/systems.py [--check]
 """
@@ -133,11 +133,33 @@ def condense(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, where(result, "condense", seeds)])
 
 
+def crash(result: dict[str, Any]) -> str:
+    """What the kills met and what came of it."""
+    met = ", ".join(f"{n} in `{stage}`" for stage, n in result["by_stage"].items())
+    wrong = len(result["runs_that_differ"])
+    p = result["provenance"]
+    return (
+        f"{result['kills']} kills in {result['runs']} runs, commit `{p['git']}`, {p['processor']}, torch {p['torch']}: "
+        f"{met}. **{wrong or 'None'} of the runs came to anything else** than the one that was never stopped."
+    )
+
+
+def fuzz(result: dict[str, Any]) -> str:
+    """How many cases of what, and what failed."""
+    tried = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in result["cases_per_target"].items())
+    p = result["provenance"]
+    return (
+        f"{result['cases']:,} cases, commit `{p['git']}`, torch {p['torch']}, Hypothesis {result['hypothesis']}: "
+        f"{tried}. **{sum(result['failures'].values()) or 'None'} failed.**"
+    )
+
+
 # Page to the sections that stand between its marks, each made from the results of its name.
 PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "howto-calibrate": {"calibration": calibration},
     "howto-dlsa": {"dlsa-cifar100": dlsa("dlsa-cifar100"), "dlsa-tiny": dlsa("dlsa-tiny")},
     "howto-condense": {"condense": condense},
+    "reliability": {"crash": crash, "fuzz": fuzz},
 }
 
 
