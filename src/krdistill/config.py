@@ -190,7 +190,8 @@ class TeacherConfig(Section):
 
     Attributes:
         model: name of a network: krdistill's own (``krdistill list models``), ``timm:NAME``, ``torchvision:NAME``,
-            ``hf:NAME-or-folder``, ``module:package.path:factory``, or ``embedding:NAME-or-folder`` (for sentences).
+            ``hf:NAME-or-folder`` (of sentences too), ``module:package.path:factory`` (of every kind), or
+            ``embedding:NAME-or-folder`` (of sentences, frozen).
         weights: what its training starts from: ``none`` (fresh ones), ``pretrained`` (its library's), or a file.
         tap: name of its classifier layer (in a ``file``: of the tensor that is the feature), where not found by itself.
         run: an earlier run folder to take the teacher from, instead of training one; of several, an ensemble is made.

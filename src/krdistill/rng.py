@@ -77,6 +77,23 @@ def forked(seed: int, *names: str | int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def drawing(device: torch.device, seed: int, *names: str | int) -> Iterator[None]:
+    """As :func:`forked`, with the generator of a CUDA device too: a block whose dropout is drawn for one purpose."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [g.get_state() for g in generators]
+    for g in generators:
+        g.manual_seed(derive_seed(seed, *names))
+    try:
+        yield
+    finally:
+        for g, state in zip(generators, states, strict=True):
+            g.set_state(state)
+
+
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """A CPU generator of its own for one purpose; the global generator is never touched."""
     gen = torch.Generator(device="cpu")

@@ -734,10 +734,10 @@ def test_files_that_are_no_teachers_are_refused(tmp_path: Path) -> None:
         load_graph(tmp_path / "weights.pt2")
     with pytest.raises(ModelError, match="training mode"):
         load_graph(_pt2(tmp_path / "training.pt2", _classifier().train()))
-    with pytest.raises(ModelError, match="images"):
-        flat = torch.export.export(nn.Linear(4, 3), (torch.zeros(2, 4),))
-        torch.export.save(flat, tmp_path / "flat.pt2")
-        load_graph(tmp_path / "flat.pt2")
+    cubes = torch.export.export(nn.Linear(4, 3), (torch.zeros(2, 5, 4),))
+    torch.export.save(cubes, tmp_path / "cubes.pt2")
+    with pytest.raises(ModelError, match=r"expected images .* rows .* sentences .* got float32 \[2, 5, 4\]"):
+        load_graph(tmp_path / "cubes.pt2")
 
 
 class _ConvHead(nn.Module):

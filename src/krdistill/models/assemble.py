@@ -22,8 +22,9 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
 
     Args:
         architecture: the arguments of :func:`~krdistill.models.create_model` (of another library's network: what
-            :func:`~krdistill.models.foreign.create_foreign` left), and optionally ``head`` (``linear``, ``cosine`` for
-            margins, ``etf`` for fixed anchors), ``tap`` (the name of the layer it replaces) and ``reuse``
+            :func:`~krdistill.models.foreign.create_foreign` left, with ``kind`` where it is not for images), and
+            optionally ``head`` (``linear``, ``cosine`` for margins, ``etf`` for fixed anchors), ``tap`` (the name of
+            the layer it replaces) and ``reuse``
             (``teacher_dim`` and ``factor`` of a teacher's classifier that takes the head's place).
         seed: of the weights.
 
@@ -34,7 +35,7 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
     own = dict(architecture)
     head, tap, reuse = own.pop("head", "linear"), own.pop("tap", "head"), own.pop("reuse", None)
     foreign = ":" in str(own.get("name"))
-    known = {"name", "num_classes", "in_channels", "image_size"} | ({"config"} if foreign else set())
+    known = {"name", "num_classes", "in_channels", "image_size"} | ({"config", "kind"} if foreign else set())
     if set(own) - known or head not in HEADS:
         raise ModelError(f"Expected a network with a head of {', '.join(HEADS)}, got {dict(architecture)!r}.")
     backbone: nn.Module
@@ -43,6 +44,10 @@ def assemble(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.
 
         with forked(seed or 0, "weights"):
             backbone = EmbeddingClassifier(own["config"], num_classes=int(own["num_classes"]))
+    elif str(own["name"]).startswith("hf:") and own.get("kind") == "text":
+        from .transformer import rebuild_transformer
+
+        backbone = rebuild_transformer(own, seed=seed)
     elif foreign:
         from .foreign import rebuild_foreign
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .._torchvision import import_torchvision, prepare_for_torchvision
 from ..errors import MissingDependencyError, ModelError, unknown_name
+from ..kinds import NOUNS, Kind
 from ..rng import derive_seed
-from .heads import find_head
+from .heads import answer_of, as_given, find_head
 from .registry import ModelName, parse_model
 from .weights import load_weights, read_weights
 
@@ -152,9 +153,82 @@ def create_foreign(
     return Foreign(backbone, architecture, size, mean, std, tap, tuple(notes))
 
 
+def create_for_rows(
+    asked: ModelName, *, class_names: Sequence[str], kind: Kind, example: Tensor, seed: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of a factory (``module:package.path:factory``) for rows of numbers or sentences.
+
+    The factory is called with those of ``num_classes`` and, for rows, ``in_features`` or ``in_channels`` (the number of
+    columns) that it takes. What it gives maps standardised rows ``(B, D)``, or the UTF-8 bytes of sentences, uint8
+    ``(B, L)`` with zeros behind them, to logits ``(B, K)``; where it has an attribute ``takes_texts`` that is true, it
+    is given a list of B texts in place of bytes.
+
+    Args:
+        asked: its name.
+        class_names: K names.
+        kind: ``features`` or ``text``.
+        example: two rows, as the network will be given them.
+        seed: of the weights.
+
+    Returns:
+        The network, and plain data that :func:`rebuild_foreign` makes it from again.
+
+    Raises:
+        ModelError: no such factory, or one whose network does not take such rows or answer K classes.
+    """
+    K = len(class_names)
+    architecture = {
+        "name": asked.name, "num_classes": K, "in_channels": example.shape[1] if kind == "features" else 1, "kind": kind
+    }  # fmt: skip
+    what = f"rows {tuple(example.shape)}" if kind == "features" else f"sentences as bytes, uint8 {tuple(example.shape)}"
+    takes = "num_classes, in_features and in_channels" if kind == "features" else "num_classes"
+    try:
+        backbone = rebuild_foreign(architecture, seed=seed)
+    except (MissingDependencyError, ModelError):
+        raise
+    except Exception as error:  # whatever the factory raises
+        raise ModelError(
+            f"{asked.name!r} could not be called for {NOUNS[kind]}: {_first_line(error)} A factory is given those of "
+            f"{takes} that it takes; other arguments need a default."
+        ) from None
+    if kind == "text" and getattr(backbone, "takes_texts", False):
+        what = f"a list of {len(example)} texts"
+    modes = {module: module.training for module in backbone.modules()}
+    try:
+        with torch.no_grad():
+            answer = answer_of(backbone.eval()(as_given(backbone, example)))
+    except Exception as error:  # whatever the network raises
+        raise ModelError(
+            f"{asked.name!r} cannot answer {what}: {_first_line(error)} {_MEND[kind].format(example.shape[1])}"
+        ) from None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    given = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if given != (len(example), K):
+        raise ModelError(
+            f"{asked.name!r} answers {what} with {given}; expected logits ({len(example)}, {K}), one per class of the "
+            "data. Give its last layer num_classes outputs."
+        )
+    return backbone, architecture
+
+
+_MEND = {
+    "features": "The data have {} columns: let the factory take in_features, and build the first layer for it.",
+    "text": "Take bytes, uint8 (B, L), L at least 1, or set takes_texts = True on the module to be given texts.",
+}
+
+
 def rebuild_foreign(architecture: Mapping[str, Any], *, seed: int | None = None) -> nn.Module:
     """The network of :attr:`Foreign.architecture`, with fresh weights; nothing is fetched."""
     name = parse_model(str(architecture["name"])).name
+    if architecture.get("kind", "image") != "image":
+        if not name.startswith("module:"):
+            raise ModelError(f"{name!r} is for images; expected module:package.path:factory for other data.")
+        width = int(architecture["in_channels"])
+        own = {"in_features": width, "in_channels": width} if architecture["kind"] == "features" else {}
+        with _drawing(seed):
+            return _called(name.partition(":")[2], {"num_classes": int(architecture["num_classes"]), **own})
     known = _know(name, pretrained=False, config=architecture.get("config", {}))
     H, W = architecture["image_size"]
     with _drawing(seed):
@@ -467,7 +541,7 @@ def _hf_processor(transformers: Any, name: str) -> tuple[list[float] | None, lis
 # Any factory ----------------------------------------------------------------------------------------------------------
 
 
-def _module(rest: str) -> _Known:
+def _factory(rest: str) -> Callable[..., Any]:
     package, _, attribute = rest.partition(":")
     try:
         module = import_module(package)
@@ -481,15 +555,27 @@ def _module(rest: str) -> _Known:
             unknown_name(f"factory in {package}", attribute, [n for n, v in vars(module).items() if callable(v)])
         )
 
+    found: Callable[..., Any] = factory
+    return found
+
+
+def _called(rest: str, offered: Mapping[str, Any]) -> nn.Module:
+    """What a factory makes of those of the arguments that it takes."""
+    factory = _factory(rest)
+    takes = inspect.signature(factory).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in takes):
+        names = {p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        offered = {k: v for k, v in offered.items() if k in names}
+    network = factory(**offered)
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"module:{rest}: expected a torch.nn.Module, got {type(network).__name__}.")
+    return network
+
+
+def _module(rest: str) -> _Known:
+    _factory(rest)  # a module that cannot be imported is said before anything is built
+
     def make(K: int, channels: int, size: Size | None) -> nn.Module:
-        offered = {"num_classes": K, "in_channels": channels, "image_size": size}
-        takes = inspect.signature(factory).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in takes):
-            names = {p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-            offered = {k: v for k, v in offered.items() if k in names}
-        network = factory(**offered)
-        if not isinstance(network, nn.Module):
-            raise ModelError(f"module:{rest}: expected a torch.nn.Module, got {type(network).__name__}.")
-        return network
+        return _called(rest, {"num_classes": K, "in_channels": channels, "image_size": size})
 
     return _Known(make)

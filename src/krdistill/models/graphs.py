@@ -14,7 +14,7 @@ import operator
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelError
 from ..files import check_unpacked, replacing
+from ..kinds import NOUNS, Kind
 
 SUFFIXES = (".onnx", ".pt2")
+_SHORTEST = 4  # bytes of a sentence that krdistill's own files take
 CARD = "network.json"  # name of the extra file of a .pt2 that says what class names, mean, std, image_size are
 
 
@@ -40,6 +42,9 @@ class Facts:
         image_size: (H, W) of the images.
         dtype: of the images; uint8 ones are raw, 0 to 255.
         feature: name of the tensor that is the feature.
+        kind: what it takes: images ``(B, C, H, W)``; rows of numbers, floating point ``(B, D)``; or sentences, bytes
+            uint8 ``(B, L)`` with zeros behind them.
+        width: D of the rows, or L where the file takes one length alone.
     """
 
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +53,33 @@ class Facts:
     image_size: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
     feature: str | None = None
+    kind: Kind = "image"
+    width: int | None = None
+
+    @property
+    def words(self) -> str:
+        """What it takes, in words."""
+        dims = (self.channels, *(self.image_size or (None, None))) if self.kind == "image" else (self.width,)
+        names = {"image": "B C H W", "features": "B D", "text": "B L"}[self.kind].split()
+        shown = ", ".join(str(v or n) for n, v in zip(names, (self.batch, *dims), strict=True))
+        return f"{NOUNS[self.kind]}, {str(self.dtype).removeprefix('torch.')} ({shown})"
+
+
+def _facts(path: Path, name: str, dims: Sequence[int | None], dtype: torch.dtype | None, **more: Any) -> Facts:
+    """What the shape of a graph's only input says: the kind, and which sizes are fixed (None, 0: any)."""
+    sizes = [d or None for d in dims]
+    if dtype is not None and len(sizes) == 4:
+        size = (sizes[2], sizes[3]) if sizes[2] and sizes[3] else None
+        return Facts(batch=sizes[0], channels=sizes[1], image_size=size, dtype=dtype, **more)
+    if dtype is not None and len(sizes) == 2:
+        kind: Kind = "features" if dtype.is_floating_point else "text"
+        if kind == "features" or dtype == torch.uint8:
+            return Facts(batch=sizes[0], dtype=dtype, kind=kind, width=sizes[1], **more)
+    was = "another type" if dtype is None else str(dtype).removeprefix("torch.")
+    raise ModelError(
+        f"{path}: expected images (B, C, H, W), rows of numbers float (B, D) or the bytes of sentences uint8 (B, L) as "
+        f"input {name!r}, got {was} {sizes}. A network that takes token numbers is given as hf:FOLDER."
+    )
 
 
 class Graph(nn.Module):
@@ -59,7 +91,7 @@ class Graph(nn.Module):
         run: images of its dtype, on any device, to logits and feature (None where there is none).
         parameter_count: numbers in it.
         tap: name of the tensor that was asked for as the feature.
-        fallback: (C, H, W) of the images, where the file does not say.
+        fallback: (C, H, W) of the images, or (D,) of the rows, where the file does not say.
 
     Raises:
         ModelError: it does not give logits ``(B, K)``.
@@ -73,7 +105,7 @@ class Graph(nn.Module):
         *,
         parameter_count: int,
         tap: str | None,
-        fallback: tuple[int, int, int] | None = None,
+        fallback: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(facts.card, dict):
@@ -83,37 +115,59 @@ class Graph(nn.Module):
         # What tells this network from others, for those who look at a module's state to know it again.
         digest = hashlib.sha256(path.read_bytes() + str(facts.feature).encode()).digest()
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
-        C, H, W = fallback or (3, 32, 32)
-        size = facts.image_size or (H, W)
-        self.channels = facts.channels or C
-        blank = torch.zeros(facts.batch or 2, self.channels, *size)
+        blank, seen = self._blank(fallback or ())
         try:
             logits, feature = self.answer(blank)
         except ModelError:
             raise
         except Exception as error:  # whatever the runtime raises
             raise ModelError(
-                f"{path} cannot answer images of {size[0]}x{size[1]} with {self.channels} channel(s): "
+                f"{path} takes {facts.words}, and cannot answer {seen}: "
                 f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
             ) from None
         if logits.ndim != 2 or len(logits) != len(blank) or feature.ndim != 2:
             raise ModelError(
                 f"{path}: expected logits (B, K) and a feature (B, D), got {tuple(logits.shape)} and "
-                f"{tuple(feature.shape)} of {len(blank)} images. Give a classifier of images."
+                f"{tuple(feature.shape)} of {len(blank)} {NOUNS[facts.kind]}. Give a classifier of "
+                f"{NOUNS[facts.kind]}."
             )
         self.num_classes, self.feature_dim = logits.shape[1], feature.shape[1]
+
+    def _blank(self, fallback: Sequence[int]) -> tuple[Tensor, str]:
+        """A batch to try it with, and what that is in words."""
+        facts, B = self.facts, self.facts.batch or 2
+        if facts.kind == "text":
+            self.channels = 1
+            return torch.full((B, facts.width or 8), 97, dtype=torch.uint8), "sentences as bytes"
+        if facts.kind == "features":
+            self.channels = facts.width or (fallback[0] if len(fallback) == 1 else 1)
+            if len(fallback) == 1 and self.channels != fallback[0]:
+                raise ModelError(
+                    f"{self.path} takes {facts.words}; the data are rows of {fallback[0]} numbers, (B, {fallback[0]}). "
+                    "Give a network for these columns, or the data with the columns it was trained on, in its order."
+                )
+            return torch.zeros(B, self.channels), f"rows of {self.channels} numbers, ({B}, {self.channels})"
+        C, H, W = fallback if len(fallback) == 3 else (3, 32, 32)
+        size = facts.image_size or (H, W)
+        self.channels = facts.channels or C
+        return (
+            torch.zeros(B, self.channels, *size), f"images of {size[0]}x{size[1]} with {self.channels} channel(s)"
+        )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
         return self  # it never changes, and a runtime's session cannot be copied
 
     @torch.compiler.disable
     def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, K)`` and feature ``(B, D)`` of images ``(B, C, H, W)``; raw ones are given in [0, 1]."""
-        x = (
-            (x * 255).round().clamp(0, 255).to(torch.uint8)
-            if self.facts.dtype == torch.uint8
-            else x.to(self.facts.dtype)
-        )
+        """Logits ``(B, K)`` and feature ``(B, D)`` of images ``(B, C, H, W)``; raw ones are given in [0, 1]. Or of rows
+        of numbers, or of the bytes of sentences, which are filled up with zeros, or cut, to the file's own length."""
+        if self.facts.kind == "text":
+            length = self.facts.width or max(_SHORTEST, x.shape[1])
+            x = nn.functional.pad(x[:, :length], (0, max(0, length - x.shape[1])))
+        elif self.facts.dtype == torch.uint8:
+            x = (x * 255).round().clamp(0, 255).to(torch.uint8)
+        else:
+            x = x.to(self.facts.dtype)
         size = self.facts.batch or len(x)
         parts = []
         for part in x.contiguous().split(size):
@@ -142,7 +196,7 @@ class Graph(nn.Module):
                 part.write_bytes(data)
 
 
-def load_graph(path: Path, *, tap: str | None = None, fallback: tuple[int, int, int] | None = None) -> Graph:
+def load_graph(path: Path, *, tap: str | None = None, fallback: Sequence[int] | None = None) -> Graph:
     """Reads a trained classifier from an ``.onnx`` file or a ``.pt2`` file of ``torch.export.save``.
 
     Its output is the logits; where the graph ends in a softmax, what goes into it. The feature is the input of the
@@ -152,10 +206,11 @@ def load_graph(path: Path, *, tap: str | None = None, fallback: tuple[int, int, 
         path: the file. Class names, mean, std and image size are taken from an ONNX file's metadata (JSON values under
             ``class_names``, ...), and from the extra file ``network.json`` of a ``.pt2``.
         tap: name of the tensor that is the feature, where it is not found or not the one.
-        fallback: (C, H, W) of the images, where the file does not say.
+        fallback: (C, H, W) of the images, or (D,) of the rows, where the file does not say.
 
     Raises:
-        ModelError: no such file, a damaged one, one that is not a classifier of images, or an unknown ``tap``.
+        ModelError: no such file, a damaged one, one that is not a classifier of images, rows or sentences, or an
+            unknown ``tap``.
         MissingDependencyError: an ONNX file, and the ``onnx`` extra is not installed.
     """
     path = Path(path).expanduser()
@@ -175,7 +230,7 @@ _ONNX_DTYPES = {1: torch.float32, 2: torch.uint8, 10: torch.float16, 11: torch.f
 _ONNX_THROUGH = {"Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Dropout"}
 
 
-def _load_onnx(path: Path, tap: str | None, fallback: tuple[int, int, int] | None) -> Graph:
+def _load_onnx(path: Path, tap: str | None, fallback: Sequence[int] | None) -> Graph:
     try:
         import onnx
         import onnxruntime
@@ -191,11 +246,12 @@ def _load_onnx(path: Path, tap: str | None, fallback: tuple[int, int, int] | Non
     graph = model.graph
     weights = {w.name for w in graph.initializer}
     inputs = [i for i in graph.input if i.name not in weights]
-    if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type not in _ONNX_DTYPES:
-        raise ModelError(f"{path}: expected one input of images, got {[i.name for i in inputs]}.")
+    if len(inputs) != 1:
+        raise ModelError(
+            f"{path}: expected one input, of images, rows or the bytes of sentences, got {[i.name for i in inputs]}."
+        )
     dims = [d.dim_value if d.HasField("dim_value") else None for d in inputs[0].type.tensor_type.shape.dim]
-    if len(dims) != 4:
-        raise ModelError(f"{path}: expected images (B, C, H, W) as input {inputs[0].name!r}, got {dims}.")
+    facts = _facts(path, inputs[0].name, dims, _ONNX_DTYPES.get(inputs[0].type.tensor_type.elem_type))
     makers = {name: node for node in graph.node for name in node.output}
     names = [o.name for o in graph.output]
     logits = "logits" if "logits" in names else names[0]
@@ -229,10 +285,7 @@ def _load_onnx(path: Path, tap: str | None, fallback: tuple[int, int, int] | Non
             card[entry.key] = entry.value
     return Graph(
         path,
-        Facts(
-            card, dims[0] or None, dims[1] or None, (dims[2], dims[3]) if dims[2] and dims[3] else None,
-            _ONNX_DTYPES[inputs[0].type.tensor_type.elem_type], feature,
-        ),
+        replace(facts, card=card, feature=feature),
         run,
         parameter_count=sum(int(np.prod(w.dims)) for w in graph.initializer if len(w.dims)),
         tap=tap,
@@ -305,7 +358,7 @@ class _Here:
     """The device that the images are on, whatever the archive was made on."""
 
 
-def _load_pt2(path: Path, tap: str | None, fallback: tuple[int, int, int] | None) -> Graph:
+def _load_pt2(path: Path, tap: str | None, fallback: Sequence[int] | None) -> Graph:
     try:
         check_unpacked(path, stored=True)
         with zipfile.ZipFile(path) as archive:
@@ -329,8 +382,7 @@ def _load_pt2(path: Path, tap: str | None, fallback: tuple[int, int, int] | None
     except Exception as error:  # whatever a file that a stranger made may lead to
         raise ModelError(f"{path} is damaged, or no archive of torch.export.save: {error!r}"[:300]) from None
     dims = [d.get("as_int") for d in meta["sizes"]]
-    if len(dims) != 4 or meta["dtype"] not in _DTYPES:
-        raise ModelError(f"{path}: expected images (B, C, H, W) as input {given!r}, got {dims}.")
+    facts = _facts(path, given, dims, _DTYPES.get(meta["dtype"]), card=card)
     returned = [spec["user_output"]["arg"].get("as_tensor", {}).get("name") for spec in signature["output_specs"]]
     makers = {o: node for node in nodes for o in node.outputs if isinstance(o, str)}
     logits = returned[0]
@@ -350,9 +402,7 @@ def _load_pt2(path: Path, tap: str | None, fallback: tuple[int, int, int] | None
     # One graph serves any number of images only where that number was left open when it was made.
     return Graph(
         path,
-        Facts(
-            card, dims[0], dims[1], (dims[2], dims[3]) if dims[2] and dims[3] else None, _DTYPES[meta["dtype"]], feature
-        ),
+        replace(facts, feature=feature),
         run,
         parameter_count=sum(v.numel() for v in constants.values()),
         tap=tap,
@@ -408,7 +458,7 @@ def _signature(path: Path, signature: Mapping[str, Any], values: Mapping[str, Te
         key = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}[kind]
         constants[entry["arg"]["name"]] = values[entry[key]]
     if len(given) != 1:
-        raise ModelError(f"{path}: expected one input of images, got {given}.")
+        raise ModelError(f"{path}: expected one input, of images, rows or the bytes of sentences, got {given}.")
     return constants, given[0]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..kinds import decode_texts
 
 
 def is_head(module: nn.Module) -> bool:
@@ -23,7 +24,7 @@ def width(layer: nn.Module) -> int:
 
 
 def find_head(
-    backbone: nn.Module, tap: str | None, num_classes: int, example: Callable[[], Tensor] | None = None
+    backbone: nn.Module, tap: str | None, num_classes: int, example: Callable[[], Tensor | list[str]] | None = None
 ) -> tuple[str, nn.Module]:
     """The classifier layer of a network.
 
@@ -34,7 +35,8 @@ def find_head(
         backbone: any classifier.
         tap: dotted name of the layer, where it is not to be searched for.
         num_classes: K.
-        example: gives normalised images, for networks with several layers of that width.
+        example: gives normalised images, or what else the network is given, for networks with several layers of that
+            width.
 
     Returns:
         The layer's name and the layer; one of another width where none has the right one.
@@ -74,12 +76,23 @@ def find_head(
     return fitting[-1], layers[fitting[-1]]
 
 
+def as_given(backbone: nn.Module, rows: Tensor) -> Tensor | list[str]:
+    """A batch as a backbone takes it: sentences become texts for one whose ``takes_texts`` is true."""
+    return decoded(rows) if getattr(backbone, "takes_texts", False) else rows
+
+
+@torch.compiler.disable
+def decoded(rows: Tensor) -> list[str]:
+    """The texts of a batch of sentences, uint8 ``(B, L)``."""
+    return decode_texts(rows.cpu().numpy())
+
+
 def answer_of(given: object) -> object:
     """The logits of what a network gave: a tensor, or the ``logits`` of a record that holds them."""
     return getattr(given, "logits", given)
 
 
-def _answering(backbone: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> list[str]:
+def _answering(backbone: nn.Module, layers: dict[str, nn.Module], images: Tensor | list[str]) -> list[str]:
     """Names of the layers whose output is the network's answer."""
     seen: dict[str, Tensor] = {}
 

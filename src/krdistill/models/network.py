@@ -16,8 +16,8 @@ from ..kinds import NOUNS, Kind, encode_texts, kind_of
 from ..outputs import Outputs
 from .assemble import assemble, replace_head
 from .ensemble import Ensemble
-from .graphs import load_graph
-from .heads import answer_of, find_head, width
+from .graphs import Graph, load_graph
+from .heads import answer_of, as_given, decoded, find_head, width
 from .registry import ORIGIN_KINDS, ModelName, list_models, model_info, parse_model
 from .weights import load_weights
 
@@ -33,7 +33,8 @@ class Network(nn.Module):
     The feature is the input of the classifier layer. A backbone of krdistill's own is asked for it directly; of any
     other it is recorded on the way (:func:`~krdistill.models.heads.find_head` says which layer that is). Where the
     classifier is a 1x1 convolution, the feature is the mean of its input over positions. A backbone that has
-    ``answer`` gives logits and feature itself (a file, an ensemble).
+    ``answer`` gives logits and feature itself (a file, an ensemble). A backbone for sentences whose ``takes_texts`` is
+    true is given them as a list of texts, in place of their bytes.
 
     Args:
         backbone: a module from float images ``(B, C, H, W)``, or what ``kind`` says, to logits ``(B, K)``.
@@ -94,15 +95,16 @@ class Network(nn.Module):
         self.architecture = dict(architecture) if architecture is not None else None
         self.notes = tuple(notes)
         self.answers = hasattr(backbone, "answer")
+        self.takes_texts = kind == "text" and bool(getattr(backbone, "takes_texts", False))
         if self.answers:
             known: Any = backbone
             self.head_name, outputs, self.feature_dim = "", int(known.num_classes), int(known.feature_dim)
         else:
             size, C = self.input_size or self.image_size, len(mean)
 
-            def example() -> Tensor:
+            def example() -> Tensor | list[str]:
                 rows = _noise(C, size) if kind == "image" else self.example_inputs()
-                return rows.to(_device(backbone))
+                return as_given(backbone, rows.to(_device(backbone))) if kind == "text" else rows.to(_device(backbone))
 
             self.head_name, layer = find_head(backbone, head, len(self.class_names), example)
             outputs = width(layer)
@@ -150,9 +152,7 @@ class Network(nn.Module):
         """A batch of two, as the network is given them, on the CPU: noise, or sentences."""
         if self.kind == "image":
             return _noise(self.channels, self.image_size).sigmoid()
-        if self.kind == "features":
-            return torch.randn(2, self.channels, generator=torch.Generator().manual_seed(0))
-        return torch.from_numpy(encode_texts(["what is this", "a second example of two"]))
+        return example_rows(self.kind, self.channels)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images, or float images in [0, 1], to normalised float32 of the backbone's size and channels.
@@ -191,7 +191,9 @@ class Network(nn.Module):
             images: shape ``(B, C, H, W)``, uint8 or float in [0, 1]; or what the network's kind says.
             maps: give the output of every stage too; the backbone must be one of krdistill's own.
         """
-        x = self.normalise(images)
+        x: Any = self.normalise(images)
+        if self.takes_texts:
+            x = decoded(x)
         if maps:
             if not self.map_channels:
                 raise ModelError(f"{type(self.backbone).__name__} does not show the output of its stages.")
@@ -250,8 +252,8 @@ def build_network(
     where they are known, and resizes inside. What was decided is in ``network.notes``.
 
     Args:
-        model: a name of ``krdistill list models``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``, or
-            ``module:package.path:factory``; options may follow, as in ``timm:resnet18?weights=pretrained&tap=fc``.
+        model: a name of ``krdistill list models``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``,
+            ``module:package.path:factory``, or ``embedding:NAME-or-folder``; options may follow, as in ``timm:resnet18?weights=pretrained&tap=fc``.
         class_names: K names.
         head: the last layer: ``linear``, ``cosine`` (for margin losses) or ``etf`` (fixed anchors).
         images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given. Or the
@@ -325,6 +327,17 @@ def _for_rows(
 ) -> Network:  # fmt: skip
     """A network for vectors or sentences."""
     mean, std = column_statistics(rows) if kind == "features" else ([], [])
+    given: dict[str, Any] = {"class_names": class_names, "mean": mean, "std": std, "image_size": None, "kind": kind}
+    if asked.origin == "hf":
+        from .transformer import create_transformer
+
+        made, architecture, found = create_transformer(asked, class_names=class_names, seed=seed)
+        if head != "linear":
+            replace_head(made, head, seed=seed)
+            architecture["head"] = head
+        return Network(made, head=asked.tap, architecture=architecture, notes=found, **given)
+    if asked.origin == "module":
+        return _of_factory(asked, class_names, head, kind, seed, given)
     own: dict[str, Any] = {"in_channels": len(mean), "image_size": 1} if kind == "features" else {"in_channels": 1}
     architecture = {"name": asked.name, "num_classes": len(class_names), **own}
     if head != "linear":
@@ -339,10 +352,34 @@ def _for_rows(
         if asked.weights == "pretrained":
             raise ModelError(f"There are no pretrained weights for {asked.name!r}. Give a file as weights, or none.")
         notes = load_weights(backbone, asked.weights, head="head", class_names=class_names)
-    return Network(
-        backbone, class_names=class_names, mean=mean, std=std, image_size=None, head=asked.tap, kind=kind,
-        architecture=architecture, notes=notes,
-    )  # fmt: skip
+    return Network(backbone, head=asked.tap, architecture=architecture, notes=notes, **given)
+
+
+def _of_factory(
+    asked: ModelName, class_names: Sequence[str], head: str, kind: Kind, seed: int, given: Mapping[str, Any]
+) -> Network:
+    """A factory's network for vectors or sentences."""
+    from .foreign import create_for_rows
+
+    if asked.weights == "pretrained":
+        raise ModelError(f"There are no pretrained weights for {asked.name!r}. Give a file as weights, or none.")
+    example = example_rows(kind, len(given["mean"]))
+    backbone, architecture = create_for_rows(asked, class_names=class_names, kind=kind, example=example, seed=seed)
+    name, _ = find_head(backbone, asked.tap, len(class_names), lambda: as_given(backbone, example))
+    notes: Sequence[str] = ()
+    if asked.weights != "none":
+        notes = load_weights(backbone, asked.weights, head=name, class_names=class_names)
+    if head != "linear":
+        replace_head(backbone, head, name, seed=seed)
+        architecture |= {"head": head, "tap": name}
+    return Network(backbone, head=name, architecture=architecture, notes=notes, **given)
+
+
+def example_rows(kind: Kind, columns: int) -> Tensor:
+    """Two rows of so many standardised numbers, or two sentences, as networks take them, on the CPU."""
+    if kind == "features":
+        return torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(encode_texts(["what is this", "a second example of two"]))
 
 
 def column_statistics(rows: Tensor) -> tuple[list[float], list[float]]:
@@ -385,20 +422,23 @@ def file_network(path: Path, *, class_names: Sequence[str], images: Tensor, tap:
     Args:
         path: the file.
         class_names: the data's K names.
-        images: training images uint8 ``(N, H, W, C)``.
+        images: training images uint8 ``(N, H, W, C)``, or the rows of another kind.
         tap: name of the tensor that is the feature, where it is not found.
 
     Raises:
-        ModelError: no such file, a damaged one, or one for other images or another number of classes.
+        ModelError: no such file, a damaged one, or one for other images, rows or classes.
         MissingDependencyError: an ONNX file, and the ``onnx`` extra is not installed.
     """
-    if kind_of(images) != "image":
+    kind = kind_of(images)
+    shape = tuple(images.shape) if kind != "image" else tuple(images.shape[i] for i in (0, 3, 1, 2))
+    graph = load_graph(path, tap=tap, fallback=shape[1:] if kind != "text" else ())
+    card: Mapping[str, Any] = graph.facts.card
+    notes: list[str] = []
+    if graph.facts.kind != kind:
         raise ModelError(
-            f"{path}: a network that comes as a file can be asked about images, not {NOUNS[kind_of(images)]}."
+            f"{path} takes {graph.facts.words}; the data are {NOUNS[kind]}, {_WANTED[kind].format(*shape)}. Give a "
+            f"network for {NOUNS[kind]}."
         )
-    _, H, W, C = images.shape
-    graph = load_graph(path, tap=tap, fallback=(C, H, W))
-    card, notes = graph.facts.card, []
     names = card.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = list(class_names)
@@ -409,6 +449,11 @@ def file_network(path: Path, *, class_names: Sequence[str], images: Tensor, tap:
             "Give a network that was trained on the data's classes."
         )
     mean, std = card.get("mean") or [], card.get("std") or []
+    if not graph.has_feature:
+        notes.append(f"{path.name}: no feature was found in it; recipes that need predictions alone can be used.")
+    if kind != "image":
+        return _file_for_rows(path, graph, names, images, mean, std, notes)
+    _, C, H, W = shape
     if graph.facts.dtype == torch.uint8:
         mean, std = [0.0] * graph.channels, [1.0] * graph.channels
     elif not (_numbers(mean, graph.channels) and _numbers(std, graph.channels)):
@@ -419,11 +464,34 @@ def file_network(path: Path, *, class_names: Sequence[str], images: Tensor, tap:
     size = graph.facts.image_size
     if size is not None and size != (H, W):
         notes.append(f"{path.name}: images of {H}x{W} are resized to {size[0]}x{size[1]} for it.")
-    if not graph.has_feature:
-        notes.append(f"{path.name}: no feature was found in it; recipes that need predictions alone can be used.")
     return Network(
         graph, class_names=names, mean=mean, std=std, image_size=(H, W), input_size=size, channels=C,
         architecture=graph.architecture, notes=notes,
+    )  # fmt: skip
+
+
+_WANTED = {
+    "image": "(B, C, H, W) = (B, {1}, {2}, {3})", "features": "float32 (B, D) = (B, {1})",
+    "text": "bytes, uint8 (B, L) with zeros behind each sentence",
+}  # fmt: skip
+
+
+def _file_for_rows(
+    path: Path, graph: Graph, names: Sequence[str], rows: Tensor, mean: Any, std: Any, notes: list[str]
+) -> Network:  # fmt: skip
+    """The network of a file for vectors or sentences; what krdistill wrote standardises vectors by itself."""
+    kind, D = graph.facts.kind, rows.shape[1]
+    if kind == "text":
+        mean = std = []
+        if graph.facts.width is not None:
+            notes.append(f"{path.name}: it takes {graph.facts.width} bytes; longer sentences are cut there for it.")
+    elif graph.facts.card.get("kind") == "features" or not (_numbers(mean, D) and _numbers(std, D)):
+        if graph.facts.card.get("kind") != "features":
+            notes.append(f"{path.name} says no normalisation: rows are given as they are, and not standardised.")
+        mean, std = [0.0] * D, [1.0] * D
+    return Network(
+        graph, class_names=names, mean=mean, std=std, image_size=None, kind=kind, architecture=graph.architecture,
+        notes=notes,
     )  # fmt: skip
 
 
@@ -504,15 +572,15 @@ def load_network(
             raise ValueError("expected class_names as a list of texts")
         if architecture and architecture.get("num_classes", len(names)) != len(names):
             raise ValueError(f"{len(names)} class names for {architecture['num_classes']} classes")
-        own = bool(architecture) and (":" not in name or kind == "text")
+        own = bool(architecture) and (":" not in name or (kind == "text" and not name.startswith("module:")))
         arguments: dict[str, Any] = {
             "class_names": card["class_names"], "mean": card["mean"], "std": card["std"], "image_size": size,
             "input_size": card.get("input_size"), "channels": card.get("channels"), "architecture": architecture,
             "kind": kind,
         }  # fmt: skip
         if architecture and "file" in architecture:
-            fallback = (int(card["channels"]), *(size or ()))
-            graph = load_graph(folder / Path(architecture["file"]).name, tap=architecture["tap"], fallback=fallback)
+            shape = (int(card["channels"]), *(size or ())) if kind != "text" else ()
+            graph = load_graph(folder / Path(architecture["file"]).name, tap=architecture["tap"], fallback=shape)
             return Network(graph, **arguments)
         if architecture and "members" in architecture:
             members = [folder / f"member-{i}" for i in range(int(architecture["members"]))]

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 SMALLEST_IMAGE = 8
 ORIGINS = ("timm", "torchvision", "hf", "module", "embedding")
-# What the networks of other origins are for; those of a factory are for images.
+# What the networks of other origins are for.
 ORIGIN_KINDS = {
-    "timm": ("image",), "torchvision": ("image",), "hf": ("image",), "module": ("image",), "embedding": ("text",)
+    "timm": ("image",), "torchvision": ("image",), "hf": ("image", "text"), "module": ("image", "features", "text"),
+    "embedding": ("text",),
 }  # fmt: skip
 _HINT = "`krdistill list models` shows them all."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -20,9 +21,10 @@ from ..data.containers import Examples
 from ..data.feed import Feed
 from ..distributed import World, average_gradients, gather_rows, share, share_sizes, synchronise_batch_norm
 from ..errors import ConfigError, KrdistillError, ModelError
-from ..kinds import as_batch
+from ..kinds import NOUNS, as_batch
 from ..models.network import Network
 from ..objective import Objective
+from ..rng import drawing
 from ..sampling import Sampling, epoch_order
 from .compiling import compile_mode
 from .optim import build_optimizer, learning_rate
@@ -117,7 +119,7 @@ class Trainer:
             check_answers(self.answers, task.objective, config)
         task.precision = training_precision(config.precision, device)
         self.feed = Feed(data, device)
-        self.labels = data.labels
+        self.labels, self.noun = data.labels, NOUNS[data.kind]
         self.num_classes, self.class_names = data.num_classes, data.class_names
         self.augment = augmentation_of(config.augmentation, data)
         self.optimizer = build_optimizer(config, task.parameters())
@@ -133,6 +135,7 @@ class Trainer:
         self.skips, self.skipped = config.on_nonfinite == "skip", 0
         self.watch = Watch(self.optimizer, math.ceil(len(data.labels) / self.steps_per_epoch), device, skip=self.skips)
         self.model: torch.nn.Module = task
+        self.draws = has_dropout(task)
         steps = config.epochs * self.steps_per_epoch
         self.compiled = compile_mode(config, task.network, steps=steps, device=device, world=self.world)
         self.compile_error: str | None = None
@@ -183,16 +186,21 @@ class Trainer:
         replay = self.answers.replay(epoch) if self.answers is not None else None
         seed, view = replay if replay is not None else (self.seed, epoch)
         images = self.augment(as_batch(images), index, seed=seed, epoch=view)
+        drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.draws:  # what a network drops depends on the step alone, whether or not the training was stopped before
+            drawn = drawing(self.device, self.seed, "dropout", epoch, step, self.world.rank)
         if self.config.mixup > 0:
             images, partner, weight = mixup(images, alpha=self.config.mixup, seed=self.seed, epoch=epoch, step=step)
             own = (share(t, self.world) for t in (images, labels, labels[partner], index))  # partners may be elsewhere
             images, labels, partners, index = own
-            out = self.model(
-                images, labels, index=index, progress=progress, partners=partners, share=weight, sizes=sizes
-            )
+            with drawn:
+                out = self.model(
+                    images, labels, index=index, progress=progress, partners=partners, share=weight, sizes=sizes
+                )
         else:
             answer = self.answers.read(epoch, index, self.device) if self.answers is not None else None
-            out = self.model(images, labels, index=index, progress=progress, answer=answer, sizes=sizes)
+            with drawn:
+                out = self.model(images, labels, index=index, progress=progress, answer=answer, sizes=sizes)
         loss = out.terms.total().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -357,7 +365,7 @@ class Trainer:
         labels = self.labels[rows]
         bad = {name: ~v[: len(rows)].isfinite() for name, v in terms.items()}
         words = [
-            f"{name} of {int(b.sum())} of {len(rows)} images, of class "
+            f"{name} of {int(b.sum())} of {len(rows)} {self.noun}, of class "
             + _some(self.class_names[c] for c in labels[b].unique().tolist())
             + ", rows "
             + _some(map(str, rows[b].tolist()))
@@ -510,6 +518,15 @@ def check_answers(answers: Answers, objective: Objective, config: TrainConfig) -
     )
     if problem:
         raise ModelError(f"The training {problem}. Ask the teacher in every step (bank.views 0), or change that.")
+
+
+def has_dropout(module: torch.nn.Module) -> bool:
+    """Whether any part of a module leaves numbers out at random: a layer for it, or a number of that name above 0."""
+    for part in module.modules():
+        given = {"drop": part.p} if isinstance(part, torch.nn.modules.dropout._DropoutNd) else vars(part)
+        if any("drop" in name and isinstance(p, float) and p > 0 for name, p in given.items()):
+            return True
+    return False
 
 
 def training_precision(name: str, device: torch.device) -> torch.dtype:
