@@ -8,8 +8,8 @@ what an augmentation does to it, both see. This module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,11 @@ Kind = Literal["image", "features", "text"]
 
 NOUNS: dict[Kind, str] = {"image": "images", "features": "rows", "text": "sentences"}
 MAX_BYTES = 1024  # of a sentence; what is longer is cut
+
+
+def noun_of(split: Mapping[str, Any] | None) -> str:
+    """What the data of a run are, in a word, by its ``split.json``; folders of old, which do not say, hold images."""
+    return NOUNS.get((split or {}).get("kind", "image"), "images")
 
 
 def kind_of(rows: Tensor) -> Kind:

@@ -215,6 +215,11 @@ def _check_networks(plan: Plan) -> tuple[str, ...]:
         return build_network(_asked(part), class_names=train.class_names, head=part.head, images=few)
 
     student = made(config.student)
+    if config.export.onnx and (student.takes_texts or hasattr(student.backbone, "embeds")):
+        raise ConfigError(
+            f"export.onnx: the student {config.student.model} is given sentences as texts, and no file for a device "
+            "holds its tokenizer. Set export.onnx false, or take a student such as ngram."
+        )
     probe(student, what=f"The student {config.student.model}")
     teacher = None if plan.answers is not None else _given_teacher(plan) or made(config.teacher)
     if teacher is not None:
@@ -452,6 +457,7 @@ def _open(plan: Plan, out: Path, world: World) -> RunFolder:
     split = {
         **plan.data.split,
         "name": plan.data.name,
+        "kind": plan.data.train.kind,
         "class_names": list(plan.prior.class_names),
         "counts": plan.prior.counts.tolist(),
         "test_counts": plan.data.test.counts().tolist(),
@@ -570,7 +576,10 @@ def _diagnosis_stage(
             profile = profile_answers(plan.answers, plan.data)
             train_logits = plan.answers.train.logits
             if plan.answers.test is None:
-                events.note("The stored answers are about no test image: the teacher itself is not evaluated.")
+                events.note(
+                    f"The stored answers are about none of the test {NOUNS[plan.data.test.kind]}: the teacher itself "
+                    "is not evaluated."
+                )
                 return profile
             answer = plan.answers.test
         if folder.writes:
@@ -641,7 +650,8 @@ def build_bank_of(run: Path, options: Mapping[str, Any], *, events: Events | Non
     teacher = Teacher(network, class_names=plan.prior.class_names)
     root, views, (augment, coding) = Path(options["folder"]), int(options["views"]), _bank_parts(plan, teacher)
     size = views * len(plan.data.train) * coding.row_bytes
-    events.stage("bank", f"{views} views of {len(plan.data.train):,} images, {size / 2**20:,.1f} MiB")
+    noun = NOUNS[plan.data.train.kind]
+    events.stage("bank", f"{views} views of {len(plan.data.train):,} {noun}, {size / 2**20:,.1f} MiB")
     bank = build_bank(
         teacher, plan.data.train, augment, views=views, root=root, seed=plan.config.seed, coding=coding,
         device=plan.device, on_step=lambda done, total: events.progress("bank", done, total),

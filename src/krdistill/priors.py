@@ -277,7 +277,9 @@ class ClassPrior:
         """:func:`effective_number_weights` of these counts."""
         return effective_number_weights(self.counts, beta)
 
-    def groups(self, rule: str | tuple[int, int] | list[int] | Mapping[str, Sequence[str]] = "shot") -> ClassGroups:
+    def groups(
+        self, rule: str | tuple[int, int] | list[int] | Mapping[str, Sequence[str]] = "shot", *, noun: str = "images"
+    ) -> ClassGroups:
         """Divide the classes into head, middle and tail.
 
         Args:
@@ -290,16 +292,17 @@ class ClassPrior:
                   next 34 %, the last 33 % of them. Head and tail each hold 0.33 K classes rounded to the nearest
                   whole number (a half goes up); medium holds the rest: 33/34/33 of 100, 3/4/3 of 10, 1/0/1 of 2.
                 - a mapping of group names to class names, every class in one group: the groups of another set, say.
+            noun: what is counted, in a word, for the rule in words.
 
         Returns:
             The groups; a group may be empty.
         """
         if isinstance(rule, tuple | list):
-            return self._threshold_groups(rule)
+            return self._threshold_groups(rule, noun)
         if isinstance(rule, Mapping):
             return self._named_groups(rule)
         if rule == "shot":
-            return self._threshold_groups((SHOT_HIGH, SHOT_LOW))
+            return self._threshold_groups((SHOT_HIGH, SHOT_LOW), noun)
         if rule != "thirds":
             raise ArgumentError(f"rule: expected 'shot', 'thirds', (high, low) or groups by name, but got {rule!r}.")
         K = self.num_classes
@@ -309,10 +312,10 @@ class ClassPrior:
         for group, members in enumerate(order.split([outer, K - 2 * outer, outer])):
             index[members] = group
         sizes = f"{outer}/{K - 2 * outer}/{outer}"
-        rule_text = f"classes sorted by training images: first 33 %, next 34 %, last 33 % ({sizes} classes)"
+        rule_text = f"classes sorted by training {noun}: first 33 %, next 34 %, last 33 % ({sizes} classes)"
         return ClassGroups(("head", "medium", "tail"), index, rule_text)
 
-    def _threshold_groups(self, thresholds: Sequence[int]) -> ClassGroups:
+    def _threshold_groups(self, thresholds: Sequence[int], noun: str) -> ClassGroups:
         if len(thresholds) != 2:
             raise ArgumentError(f"rule: expected two thresholds (high, low), but got {thresholds!r}.")
         high = _whole_number("rule: threshold high", thresholds[0])
@@ -320,7 +323,7 @@ class ClassPrior:
         if low > high:
             raise ArgumentError(f"rule: expected (high, low) with low <= high, but got ({high}, {low}).")
         index = (self.counts <= high).long() + (self.counts < low).long()
-        rule_text = f"many > {high}, medium {low}-{high}, few < {low} training images"
+        rule_text = f"many > {high}, medium {low}-{high}, few < {low} training {noun}"
         return ClassGroups(("many", "medium", "few"), index, rule_text)
 
     def _named_groups(self, rule: Mapping[str, Sequence[str]]) -> ClassGroups:

@@ -67,7 +67,7 @@ class Trained:
 def measure(data: DataBundle, groups: GroupRule = "shot") -> tuple[ClassPrior, ClassGroups]:
     """The class prior of the training images and the groups of classes."""
     prior = ClassPrior.from_counts(data.train.counts(), class_names=data.train.class_names)
-    return prior, prior.groups(groups)
+    return prior, prior.groups(groups, noun=NOUNS[data.train.kind])
 
 
 def load_configured_data(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> DataBundle:
@@ -241,9 +241,10 @@ def profile_answers(answers: ExternalAnswers, data: DataBundle) -> TeacherProfil
     """The same of a teacher of whom only answers are known: its prior is measured on the validation images where there
     are any, else on the training images, which it may have been fitted to."""
     if answers.val is not None and data.val is not None:
-        logits, labels, words = answers.val.logits, data.val.labels, "validation images"
+        logits, labels, words = answers.val.logits, data.val.labels, f"validation {NOUNS[data.val.kind]}"
     else:
-        logits, labels, words = answers.train.logits, data.train.labels, "training images as they are"
+        words = f"training {NOUNS[data.train.kind]} as they are"
+        logits, labels = answers.train.logits, data.train.labels
     kept = _evenly(len(labels), max(data.train.num_classes, MAX_VIEW_VALUES // data.train.num_classes))
     return _profile(answers.train.feature, data.train, logits[kept], labels[kept], words)
 
@@ -419,7 +420,7 @@ def balance_head(
     options: dict[str, Any] = {}
     if method == "tau-norm":
         if data.val is None:
-            raise DataError("second_stage 'tau-norm' needs held-out images to choose its tau; set data.val_fraction.")
+            raise DataError("second_stage 'tau-norm' needs held-out examples to choose its tau; set data.val_fraction.")
         options["held_out"] = (collect_outputs(network, data.val, device=device, world=world)[1], data.val.labels)
     elif method in ("crt", "lws"):
         options["seed"] = derive_seed(seed, "second-stage") % 2**31

@@ -323,3 +323,17 @@ def test_damaged_records_of_exports_are_told(lean_run: Path) -> None:
     write_json(lean_run / "exports" / "student-int8.onnx.json", report)
     with pytest.raises(RunFolderError, match="record of an exported file is damaged"):
         write_report(lean_run)
+
+
+@pytest.mark.parametrize(("kind", "noun"), [("text", "sentences"), ("features", "rows")])
+def test_a_run_on_other_data_speaks_of_no_images(kind: str, noun: str, make_run: MakeRun) -> None:
+    run = make_run(baselines=["kd"])
+    split = read_json(run / "split.json")
+    rule = split["groups"]["rule"].replace("images", noun)
+    write_json(run / "split.json", {**split, "kind": kind, "groups": {**split["groups"], "rule": rule}})
+    diagnosis = read_json(run / "teacher" / "diagnosis.json")
+    write_json(run / "teacher" / "diagnosis.json", {**diagnosis, "views": f"training {noun}"})
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "images" not in text
+    for words in ("test {}", "training {} (log scale)", "all {}", "Over all {}", "{} corrected"):
+        assert words.format(noun) in text, words

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.containers import DataBundle, Examples
 from ..errors import DataError, ModelError
 from ..files import read_arrays
+from ..kinds import NOUNS
 from ..models.teacher import class_order
 from ..outputs import Outputs
 from .answers import Answers
@@ -97,8 +98,8 @@ def load_answers(path: Path, data: DataBundle) -> ExternalAnswers:
     strange = [name for name in ids if name not in known]
     if strange:
         raise DataError(
-            f"{path}: {len(strange)} of {len(ids)} ids are no images of {data.name}, such as {strange[0]!r}; "
-            f"the data's own look like {data.train.ids[0]!r}."
+            f"{path}: {len(strange)} of {len(ids)} ids are no {NOUNS[data.train.kind]} of {data.name}, such as "
+            f"{strange[0]!r}; the data's own look like {data.train.ids[0]!r}."
         )
     train = parts["train"]
     assert train is not None  # _select insists on it
@@ -108,11 +109,11 @@ def load_answers(path: Path, data: DataBundle) -> ExternalAnswers:
 def _select(
     path: Path, part: str, images: Examples, place: dict[str, int], answers: Tensor, features: Tensor | None
 ) -> Outputs | None:
-    lost = [name for name in images.ids if name not in place]
+    lost, noun = [name for name in images.ids if name not in place], NOUNS[images.kind]
     if lost and (part == "train" or len(lost) < len(images)):
         raise DataError(
-            f"{path}: no answers to {len(lost)} of the {len(images)} {part} images, such as {lost[0]!r}. "
-            + ("Every training image needs one." if part == "train" else f"Give all {part} images, or none.")
+            f"{path}: no answers to {len(lost)} of the {len(images)} {part} {noun}, such as {lost[0]!r}. "
+            + (f"All training {noun} need one." if part == "train" else f"Give all {part} {noun}, or none.")
         )
     if lost:
         return None

@@ -148,7 +148,7 @@ def _inspect_rows(parts: Mapping[str, Examples], notes: Sequence[str], config: D
         "name": first.name,
         "noun": NOUNS[first.kind],
         "parts": {part: _part(values) for part, values in counts.items()},
-        **_groups(counts, train.class_names, config),
+        **_groups(counts, train.class_names, config, NOUNS[first.kind]),
         "sizes": [],
         "copies": _copies(which, place, labels, ids),
         "without_training": [c for c in first.class_names if c not in set(train.class_names)],
@@ -306,9 +306,11 @@ def _part(counts: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _groups(counts: Mapping[str, list[int]], names: Sequence[str], config: DataConfig) -> dict[str, Any]:
+def _groups(
+    counts: Mapping[str, list[int]], names: Sequence[str], config: DataConfig, noun: str = "images"
+) -> dict[str, Any]:
     prior = ClassPrior.from_counts(counts["train"], class_names=names)
-    groups = prior.groups(config.groups)
+    groups = prior.groups(config.groups, noun=noun)
     index = groups.index.numpy()
     rows = [
         {"name": g, "classes": int((index == k).sum())}

@@ -193,12 +193,12 @@ def _verdict(before: dict[str, Any], after: dict[str, Any] | None, training: dic
         parts = ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())
         if max(rates.values()) < RARE:
             lines.append(
-                f"It is almost never wrong on its own training images ({parts}), so correcting the errors of its plain "
+                f"It is almost never wrong on its own training data ({parts}), so correcting the errors of its plain "
                 "logits would hardly ever do anything."
             )
         else:
             lines.append(
-                f"On its own training images it is wrong on {parts}: that is how often correcting the errors of its "
+                f"On its own training data it is wrong on {parts}: that is how often correcting the errors of its "
                 "plain logits would fire."
             )
     return lines

@@ -59,12 +59,14 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Classes:
-    """What a figure over the classes needs: names, training counts and the groups' index, in class order."""
+    """What a figure over the classes needs: names, training counts and the groups' index, in class order, and what is
+    counted, in a word."""
 
     names: Sequence[str]
     counts: Sequence[int]
     groups: Sequence[str]
     group_of: Sequence[int]
+    noun: str = "images"
 
     @property
     def order(self) -> np.ndarray:
@@ -87,8 +89,8 @@ def group_color(index: int) -> str:
 
 
 def class_histogram(classes: Classes) -> str:
-    """Training images of every class, on a log scale, coloured by group."""
-    with _drawing("classes", WIDE, "training images of every class") as (axes, done):
+    """Training images (or sentences, rows) of every class, on a log scale, coloured by group."""
+    with _drawing("classes", WIDE, f"training {classes.noun} of every class") as (axes, done):
         counts = np.asarray(classes.counts, dtype=float)[classes.order]
         group_of = np.asarray(classes.group_of)[classes.order]
         K = len(counts)
@@ -102,7 +104,7 @@ def class_histogram(classes: Classes) -> str:
         if K <= 14:
             for at, n in enumerate(counts.tolist()):
                 axes.annotate(f"{n:,.0f}", (at, max(n, low)), (0, 2), textcoords="offset points", ha="center")
-        axes.set_ylabel("training images (log scale)")
+        axes.set_ylabel(f"training {classes.noun} (log scale)")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else ""))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if counts.max() < 100 * low else (1,), numticks=12))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -180,7 +182,7 @@ def class_gain(classes: Classes, student: NetworkRow, other: NetworkRow, colors:
 # Panels ---------------------------------------------------------------------------------------------------------------
 
 
-def group_bars(rows: Sequence[NetworkRow]) -> list[str]:
+def group_bars(rows: Sequence[NetworkRow], noun: str = "images") -> list[str]:
     """One panel per group of classes, and one over all images: accuracy of every network."""
     colors = network_colors(rows)
     names = list(rows[0].metrics["groups"])
@@ -189,7 +191,7 @@ def group_bars(rows: Sequence[NetworkRow]) -> list[str]:
         first = rows[0].metrics["groups"][name]
         title = f"{clean(name)}: {first['classes']} class{'' if first['classes'] == 1 else 'es'}"
         panels.append((title, [r.metrics["groups"].get(name, {}).get("accuracy") for r in rows]))
-    panels.append(("all images", [r.metrics["top1"] for r in rows]))
+    panels.append((f"all {noun}", [r.metrics["top1"] for r in rows]))
     top = max([0.05, *(v for _, values in panels for v in values if v is not None)])
     drawn = []
     for i, (title, values) in enumerate(panels):
@@ -301,7 +303,9 @@ def training_curves(log: Sequence[Mapping[str, Any]], rows: Sequence[NetworkRow]
     return drawn
 
 
-def correction_rates(log: Sequence[Mapping[str, Any]], rows: Sequence[NetworkRow]) -> list[str]:
+def correction_rates(
+    log: Sequence[Mapping[str, Any]], rows: Sequence[NetworkRow], noun: str = "images"
+) -> list[str]:  # fmt: skip
     """One panel per training in which error correction was counted: how often it fired, by group and epoch."""
     labels = {r.key: r.label for r in rows}
     drawn = []
@@ -311,7 +315,7 @@ def correction_rates(log: Sequence[Mapping[str, Any]], rows: Sequence[NetworkRow
         groups = list(lines[-1]["correction_rate"])
         with _drawing(f"correction-{i}", PANEL, f"error correction, {labels.get(stage, stage)}") as (axes, done):
             _curves(axes, _by_group(groups, [(line["epoch"], line["correction_rate"]) for line in lines]))
-            axes.set(title=_short(labels.get(stage, clean(stage)), 34), xlabel="epoch", ylabel="images corrected")
+            axes.set(title=_short(labels.get(stage, clean(stage)), 34), xlabel="epoch", ylabel=f"{noun} corrected")
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         drawn.append(done())
     return drawn

@@ -15,6 +15,7 @@ import numpy as np
 from ..config import parse_yaml, read_text
 from ..errors import ConfigError, MissingDependencyError, RunFolderError
 from ..files import read_arrays, read_json, write_text
+from ..kinds import noun_of
 from . import tables
 from .tables import NA, NetworkRow, clean, percent
 
@@ -55,7 +56,14 @@ class RunFiles:
         if self.split is None:
             return None
         groups = self.split["groups"]
-        return figures.Classes(self.split["class_names"], self.split["counts"], groups["names"], groups["index"])
+        return figures.Classes(
+            self.split["class_names"], self.split["counts"], groups["names"], groups["index"], self.noun
+        )
+
+    @property
+    def noun(self) -> str:
+        """What the data are, in a word: images, rows or sentences."""
+        return noun_of(self.split)
 
 
 def write(run_dir: Path) -> Path:
@@ -143,16 +151,17 @@ def _content(files: RunFiles, title: str) -> dict[str, Any]:
         "title": files.config.get("name") or title,
         "files": files,
         "rows": rows,
+        "noun": files.noun,
         "split_name": rows[0].metrics.get("split") or "test",
         "rule": (files.split or {}).get("groups", {}).get("rule"),
         "facts": _facts(files),
-        "sentences": tables.summary_sentences(files.metrics),
-        "comparison": _comparison(rows),
+        "sentences": tables.summary_sentences(files.metrics, files.noun),
+        "comparison": _comparison(rows, files.noun),
         "histogram": Markup(figures.class_histogram(classes)) if classes else None,
         "bias": bias,
         "bias_rows": _bias_rows(diagnosis) if diagnosis else [],
         "lowest_ratio": round(1 / figures.LOWEST_RATIO),
-        "group_bars": _panels(figures.group_bars(rows)) if tables.group_names(rows) else [],
+        "group_bars": _panels(figures.group_bars(rows, files.noun)) if tables.group_names(rows) else [],
         "gain": gain,
         "class_rows": _class_rows(files, rows),
         "listed_classes": LISTED_CLASSES,
@@ -161,7 +170,7 @@ def _content(files: RunFiles, title: str) -> dict[str, Any]:
         "devices": _devices(files),
         "confusions": [_confusion(r) for r in rows if r.metrics.get("group_confusion")],
         "curves": _panels(figures.training_curves(files.log, rows)) if files.log else [],
-        "corrections": _panels(figures.correction_rates(files.log, rows)) if files.log else [],
+        "corrections": _panels(figures.correction_rates(files.log, rows, files.noun)) if files.log else [],
         "provenance": _flat(files.provenance),
         "config": _flat(files.config),
         "NA": NA,
@@ -182,12 +191,12 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
         facts.append(
             (
                 "data",
-                f"{s['name']}, {len(counts):,} classes of {max(counts):,} to {min(counts):,} training images"
+                f"{s['name']}, {len(counts):,} classes of {max(counts):,} to {min(counts):,} training {files.noun}"
                 + (f" (imbalance factor {factor:.4g})" if factor else ""),
             )
         )
         parts = {what: s.get(f"{key}_images") for key, what in _PARTS}
-        facts.append(("images", ", ".join(f"{n:,} {what}" for what, n in parts.items() if n)))
+        facts.append((files.noun, ", ".join(f"{n:,} {what}" for what, n in parts.items() if n)))
         facts.append(("groups", s["groups"]["rule"]))
     p = files.provenance
     if p.get("seed") is not None:
@@ -199,9 +208,9 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     return facts
 
 
-def _comparison(rows: Sequence[NetworkRow]) -> dict[str, Any]:
+def _comparison(rows: Sequence[NetworkRow], noun: str) -> dict[str, Any]:
     """The headline table; the best student of a column is marked where there are several."""
-    columns = tables.comparison_columns(rows)
+    columns = tables.comparison_columns(rows, noun)
     students = [i for i, r in enumerate(rows) if r.is_student]
     marked = set()
     for c, column in enumerate(columns):

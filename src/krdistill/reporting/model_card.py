@@ -17,7 +17,9 @@ from .tables import NA, chosen_on, clean, comparison_columns, networks, percent,
 if TYPE_CHECKING:
     from .html import RunFiles
 
-_TASKS = {"image": "image-classification", "text": "text-classification", "features": "tabular-classification"}
+# What the Hub calls the task, by the kind of the examples.
+TASKS = {"image": "image-classification", "text": "text-classification", "features": "tabular-classification"}
+_GIVEN = {"image": "photos/", "text": "sentences.txt", "features": "rows.csv"}  # an example of what it is asked about
 _SHOWN = 20  # classes of a group that are named
 _PLACES = ("/", ".", "~")  # how the path of a folder begins, and no name on a hub
 _FEW = 20  # test images of a class, below which its accuracy says little
@@ -25,8 +27,9 @@ _MEANING = re.compile(r"([\\`*_\[\]<>|~&@$]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 
 
 def model_card(
-    files: RunFiles, network: Mapping[str, Any], *, title: str, license: str | None = None, onnx: str | None = None
-) -> str:
+    files: RunFiles, network: Mapping[str, Any], *, title: str, license: str | None = None, onnx: str | None = None,
+    calibrator: str | None = None,
+) -> str:  # fmt: skip
     """A card in Markdown with the YAML head that the Hugging Face Hub reads.
 
     Names of classes, groups and data are shown as text: nothing in them becomes markup or a link.
@@ -37,6 +40,7 @@ def model_card(
         title: of the page.
         license: its name on the Hub, such as ``apache-2.0``; left out where it is not given.
         onnx: name of the file for the device, where one lies beside the card.
+        calibrator: what the calibrator is that lies beside the card, in words.
     """
     files = replace(files, metrics=_portable(files.metrics))
     student = files.metrics["student"]
@@ -47,8 +51,10 @@ def model_card(
         _head(student, network, title, data, license),
         f"# {md(title)}",
         "\n".join(_what(files, student, network, data)),
-        "\n\n".join(["## Use", _use(network, onnx)]),
-        "\n\n".join(["## Accuracy", *map(md, summary_sentences(files.metrics)), *_accuracy(files, student, noun)]),
+        "\n\n".join(["## Use", _use(network, onnx, calibrator)]),
+        "\n\n".join(
+            ["## Accuracy", *map(md, summary_sentences(files.metrics, noun)), *_accuracy(files, student, noun)]
+        ),
         "\n\n".join(["## Training data", *_data(split, data, noun)]),
         "\n\n".join(["## What it is for, and what not", *_intended(data, K)]),
         "\n\n".join(["## Limits", "\n".join(f"- {line}" for line in _limits(files, student, split, noun))]),
@@ -67,7 +73,7 @@ def md(text: object) -> str:
 
 
 def _head(student: Mapping[str, Any], network: Mapping[str, Any], title: str, data: str, license: str | None) -> str:
-    task = _TASKS[network.get("kind", "image")]
+    task = TASKS[network.get("kind", "image")]
     known = [(f"Accuracy, {n} classes", g["accuracy"]) for n, g in student["groups"].items()]
     scores = [("Accuracy", student["top1"]), ("Balanced accuracy", student["balanced_accuracy"]), *known]
     values = {
@@ -119,7 +125,7 @@ def _rows(network: Mapping[str, Any]) -> str:
     return f"{colour} images of {H}x{W} pixels"
 
 
-def _use(network: Mapping[str, Any], onnx: str | None) -> str:
+def _use(network: Mapping[str, Any], onnx: str | None, calibrator: str | None) -> str:
     name = str((network.get("architecture") or {}).get("name"))
     own = "" if not name.startswith("module:") else f", allow_factories=[{name!r}]"
     kind, C = network.get("kind", "image"), network["channels"]
@@ -145,12 +151,17 @@ print([network.class_names[int(k)] for k in probabilities.argmax(1)])
 """
     if own:
         text += f"\nThe network is built by `{name}`: that module must be importable, and you must trust it.\n"
-    if onnx and kind == "image":
+    if calibrator:
+        text += f"""
+Beside the weights lies a calibrator, {md(calibrator)}, fitted on examples that were not trained on. It is applied where
+you ask for it, `HubNetwork.from_pretrained(..., calibrated=True)`, and the figures below are without it.
+"""
+    if onnx:
         text += f"""
 Without torch, from the ONNX file (`pip install 'krdistill[runtime]'`):
 
 ```console
-krdistill predict {onnx} photos/
+krdistill predict {onnx} {_GIVEN[kind]}
 ```
 """
     return text.rstrip()
@@ -158,7 +169,7 @@ krdistill predict {onnx} photos/
 
 def _accuracy(files: RunFiles, student: Mapping[str, Any], noun: str) -> list[str]:
     rows = networks(files.metrics)
-    columns = comparison_columns(rows)
+    columns = comparison_columns(rows, noun)
     cells = zip(*(c.cells for c in columns), strict=True)
     table = [[md(r.label), md(r.metrics.get("model") or NA), *map(md, c)] for r, c in zip(rows, cells, strict=True)]
     best = student.get("best")

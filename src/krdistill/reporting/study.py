@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..kinds import noun_of
 from .tables import NA, clean, count
 
 Place = Mapping[str, Any]
 _GROUP_WORDS = {
-    "shot": "many, medium, few: classes of more than 100, 20 to 100, fewer than 20 training images",
-    "thirds": "head, medium, tail third: the first 33 %, next 34 % and last 33 % of the classes by training images",
+    "shot": "many, medium, few: classes of more than 100, 20 to 100, fewer than 20 training {}",
+    "thirds": "head, medium, tail third: the first 33 %, next 34 % and last 33 % of the classes by training {}",
     "own": "many, medium, few (own): by the study's own thresholds",
 }
 _SCALARS = (
-    ("top1", "all", "accuracy over all images", "high"),
+    ("top1", "all", "accuracy over all {}", "high"),
     ("balanced_accuracy", "balanced", "mean of the classes' accuracies", "high"),
 )
 
@@ -38,7 +39,8 @@ class StudyColumn:
 def study_columns(place: Place) -> list[StudyColumn]:
     """The metrics of one place that are shown, the last epoch's first and the best epoch's apart from them."""
     names = dict.fromkeys(n for row in (*place["rows"], *place["teachers"]) for n in row["metrics"])
-    columns = [StudyColumn(f"last.{m}", header, title, better) for m, header, title, better in _SCALARS]
+    noun = noun_of(place["split"])
+    columns = [StudyColumn(f"last.{m}", header, title.format(noun), better) for m, header, title, better in _SCALARS]
     for name in names:
         part, *rest = name.split(".")
         if part == "last" and rest[0] == "groups":
@@ -49,7 +51,7 @@ def study_columns(place: Place) -> list[StudyColumn]:
         rare = rare_metric(place)
         for name, header in (("top1", "all"), (rare.removeprefix("last.") if rare else "", group_header(rare))):
             if f"best.{name}" in names:
-                title = f"{header}, of the epoch that was best over all {part} images, on those images"
+                title = f"{header}, of the epoch that was best over all {part} {noun}, on those"
                 columns.append(StudyColumn(f"best.{name}", f"{header}, best epoch ({clean(part)})", title))
     return [c for c in columns if c.metric in names]
 
@@ -160,11 +162,11 @@ def place_facts(place: Place) -> list[tuple[str, str]]:
             (
                 "data",
                 f"{clean(split['name'])}, {split['classes']:,} classes of {split['largest_class']:,} to "
-                f"{split['smallest_class']:,} training images",
+                f"{split['smallest_class']:,} training {noun_of(split)}",
             )
         )
         parts = [f"{split[f'{k}_images']:,} {words}" for k, words in _PARTS if split[f"{k}_images"]]
-        facts.append(("images", ", ".join(parts)))
+        facts.append((noun_of(split), ", ".join(parts)))
     for what, rows in (("teacher", place["teachers"]), ("student", place["rows"])):
         models = dict.fromkeys((r["model"], r["parameters"], r["macs"]) for r in rows if r.get("model"))
         words = [
@@ -173,7 +175,7 @@ def place_facts(place: Place) -> list[tuple[str, str]]:
         if words:
             facts.append((what, "; ".join(words)))
     rules = dict.fromkeys(n.split(".")[2] for r in place["rows"] for n in r["metrics"] if n.startswith("last.groups."))
-    facts += [("groups", _GROUP_WORDS[rule]) for rule in rules if rule in _GROUP_WORDS]
+    facts += [("groups", _GROUP_WORDS[rule].format(noun_of(split))) for rule in rules if rule in _GROUP_WORDS]
     return facts
 
 
@@ -224,7 +226,8 @@ def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for what in ("all", "few")
                 for size in ("parameters", "macs")
             }
-        found.append({"data": data, "teacher": teacher, "rare": rare, "points": points})
+        noun = noun_of(next((place["split"] for place in places if place["split"]), None))
+        found.append({"data": data, "teacher": teacher, "rare": rare, "points": points, "noun": noun})
     return found
 
 
@@ -315,7 +318,7 @@ def pareto_plot(entry: Mapping[str, Any], what: str, size: str, name: str) -> st
 
     from .figures import PALETTE, _drawing, _short
 
-    words = "all images" if what == "all" else group_words(entry["rare"])
+    words = f"all {entry.get('noun', 'images')}" if what == "all" else group_words(entry["rare"])
     points = [p for p in entry["points"] if p[size] and p[what] and p[what]["mean"] is not None]
     methods = list(dict.fromkeys(p["method"] for p in points))
     shades = ("vermilion", "blue", "green", "orange", "purple", "sky", "grey")
@@ -432,7 +435,7 @@ def study_html(results: Mapping[str, Any]) -> str:
     places = []
     for i, place in enumerate(results["places"]):
         columns = study_columns(place)
-        shown = [("last.top1", "all images")]
+        shown = [("last.top1", f"all {noun_of(place['split'])}")]
         rare = rare_metric(place)
         if rare:
             shown.append((rare, group_words(rare)))

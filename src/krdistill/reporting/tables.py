@@ -53,11 +53,12 @@ class Column:
     better: str | None = None
 
 
-def comparison_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def comparison_rows(metrics: Mapping[str, Any], noun: str = "images") -> tuple[list[str], list[list[str]]]:
     """The comparison of every network of a run.
 
     Args:
         metrics: what ``metrics.json`` holds.
+        noun: what its data are, in a word.
 
     Returns:
         Headers, and one row per network: its name, then accuracy by group, over all images, class-balanced, harmonic
@@ -65,7 +66,7 @@ def comparison_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[st
         that chose it). The last epoch is what everything but that last column speaks of. None is "n/a".
     """
     rows = networks(metrics)
-    columns = comparison_columns(rows)
+    columns = comparison_columns(rows, noun)
     cells = zip(*(c.cells for c in columns), strict=True)
     return ["network", *(c.header for c in columns)], [[n.label, *c] for n, c in zip(rows, cells, strict=True)]
 
@@ -89,7 +90,7 @@ def group_names(rows: Sequence[NetworkRow]) -> list[str]:
     return list(rows[0].metrics.get("groups", {})) if rows else []
 
 
-def comparison_columns(rows: Sequence[NetworkRow]) -> list[Column]:
+def comparison_columns(rows: Sequence[NetworkRow], noun: str = "images") -> list[Column]:
     """The columns of :func:`comparison_rows` with the numbers behind them."""
 
     def column(header: str, title: str, values: list[float | None], better: str | None = "high") -> Column:
@@ -100,7 +101,7 @@ def comparison_columns(rows: Sequence[NetworkRow]) -> list[Column]:
         values = [r.metrics["groups"].get(name, {}).get("accuracy") for r in rows]
         made.append(column(clean(name), f"mean accuracy of the classes of group {clean(name)}", values))
     for key, header, title in (
-        ("top1", "all", "accuracy over all images"),
+        ("top1", "all", f"accuracy over all {noun}"),
         ("balanced_accuracy", "balanced", "mean of the classes' accuracies"),
         ("harmonic_mean", "harmonic", "harmonic mean of the classes' accuracies; 0 where one class is never right"),
     ):
@@ -161,7 +162,7 @@ def _calibration_cell(row: Mapping[str, Any] | None, key: str, form: str) -> str
     return NA if row is None else form.format(row[key])
 
 
-def summary_sentences(metrics: Mapping[str, Any]) -> list[str]:
+def summary_sentences(metrics: Mapping[str, Any], noun: str = "images") -> list[str]:
     """What a run came to, in sentences: how good the student is, and against whom."""
     rows = {r.key: r for r in networks(metrics)}
     student = rows.get("student")
@@ -171,7 +172,7 @@ def summary_sentences(metrics: Mapping[str, Any]) -> list[str]:
     about = ", ".join(str(v) for v in (m.get("model"), f"{count(m.get('parameters'))} parameters") if v)
     lines = [
         f"The student ({about}) is right on {percent(m.get('top1'))} of the {m['images']:,} {m.get('split', 'test')} "
-        f"images{_worst_words(m['worst_class'])}."
+        f"{noun}{_worst_words(m['worst_class'])}."
     ]
     others = [r for r in (reference(metrics), rows.get("teacher")) if r is not None]
 
@@ -184,7 +185,7 @@ def summary_sentences(metrics: Mapping[str, Any]) -> list[str]:
         rarest = known[-1]
         name = f"{clean(rarest)}-shot" if rarest in ("many", "few") else clean(rarest)
         lines.append(compare(f"On the {name} classes", lambda row: row["groups"][rarest]["accuracy"]))
-    lines.append(compare("Over all images", lambda row: row["top1"]))
+    lines.append(compare(f"Over all {noun}", lambda row: row["top1"]))
     return lines
 
 

@@ -53,6 +53,7 @@ def item_result(run: Path, key: str, kind: str) -> dict[str, Any]:
         "stage_seconds": seconds,
         "split": {
             "name": split["name"],
+            "kind": split.get("kind", "image"),
             "classes": len(split["class_names"]),
             "largest_class": max(split["counts"]),
             "smallest_class": min(split["counts"]),
