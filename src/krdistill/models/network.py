@@ -253,7 +253,8 @@ def build_network(
 
     Args:
         model: a name of ``krdistill list models``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME-or-folder``,
-            ``module:package.path:factory``, or ``embedding:NAME-or-folder``; options may follow, as in ``timm:resnet18?weights=pretrained&tap=fc``.
+            ``module:package.path:factory``, or ``embedding:NAME-or-folder``; options may follow, as in
+            ``timm:resnet18?weights=pretrained&tap=fc``.
         class_names: K names.
         head: the last layer: ``linear``, ``cosine`` (for margin losses) or ``etf`` (fixed anchors).
         images: training images uint8 ``(N, H, W, C)``; mean, std and size are measured on them unless given. Or the
