@@ -281,6 +281,22 @@ def test_a_refitted_classifier_answers_for_the_teacher() -> None:
     assert not any("classifier" in n for n, p in objective.named_parameters() if p.requires_grad)
 
 
+def test_tau_of_a_refitted_classifier_is_that_of_its_fit() -> None:
+    student, teacher, labels = _batch()
+    skewed = (torch.arange(100) % 15).clamp_max(K - 1)  # even counts have no prior to speak of
+    profile = replace(_profile(), labels=skewed)
+
+    def lrd(tau: float) -> torch.Tensor:
+        options = recipe("krdistill").resolve({"tau": tau})
+        objective = recipe("krdistill").build(options, replace(_context(), teacher=profile))
+        return objective(Step(student, labels, teacher)).terms["lrd"]
+
+    weight, bias = refit_classifier(profile.features, skewed, K, tau=1.5)
+    want = kd_divergence(student.logits, teacher.feature @ weight.T + bias, temperature=4.0)
+    assert torch.allclose(lrd(1.5), want, atol=1e-4)
+    assert not torch.allclose(lrd(1.0), want, atol=1e-2)
+
+
 def test_refitting_needs_features() -> None:
     entry = recipe("krdistill-lrd")
     options = entry.resolve({"prior": "refit"})
@@ -346,7 +362,8 @@ def test_deferred_rectification_follows_the_progress() -> None:
     [
         ({"prior": "none", "prior_side": "student"}, "prior_side would have no effect, as prior is 'none'"),
         ({"prior": "none", "lrd_warmup": 0.5}, "lrd_warmup would have no effect, as prior is 'none'"),
-        ({"prior": "refit", "tau": 0.5}, "tau would have no effect, as prior is 'refit'"),
+        ({"prior": "refit", "tau": "auto"}, "give a number, or take prior label"),
+        ({"prior": "none", "tau": 0.5}, "tau would have no effect, as prior is 'none'"),
         ({"tau": "per-class", "prior": "teacher"}, "take prior 'label'"),
         ({"tau": "per-image"}, "tau"),
         ({"contrast_temperature": 0.2}, "contrast_temperature would have no effect, as contrast_weight is 0"),

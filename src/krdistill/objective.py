@@ -51,13 +51,18 @@ class TeacherProfile:
     features: Tensor
     labels: Tensor
 
-    @cached_property
-    def refitted(self) -> tuple[Tensor, Tensor]:
+    def refitted(self, tau: float = 1.0) -> tuple[Tensor, Tensor]:
         """Weight ``(K, D)`` and bias ``(K,)`` of :func:`krdistill.rectify.refit_classifier` on its features.
 
-        Found once: diagnosis, every student and the evaluation ask for it.
+        Found once for a tau: diagnosis, every student and the evaluation ask for it.
         """
-        return refit_classifier(self.features, self.labels, len(self.class_means))
+        if tau not in self._refits:
+            self._refits[tau] = refit_classifier(self.features, self.labels, len(self.class_means), tau=tau)
+        return self._refits[tau]
+
+    @cached_property
+    def _refits(self) -> dict[float, tuple[Tensor, Tensor]]:
+        return {}
 
     def log_prior(self) -> Tensor:
         """The teacher's own prior: log of its class-balanced mean prediction, ``(K,)``, float64."""

@@ -437,8 +437,9 @@ def rectified_answers(
     """The teacher's logits, rectified as the recipe says (label prior, tau 1 where it says nothing), and how: the
     ``prior``, the ``tau``, and both in ``words``."""
     if isinstance(options, DistillOptions) and options.prior == "refit":
-        words = "classifier re-fitted on its features"
-        return refitted_teacher(context)(answer).logits, {"prior": "refit", "tau": 0.0, "words": words}
+        tau = float(options.tau)
+        words = "classifier re-fitted on its features" + ("" if tau == 1 else f", tau {tau:.2f}")
+        return refitted_teacher(context, tau)(answer).logits, {"prior": "refit", "tau": tau, "words": words}
     log_prior, tau, prior = context.prior.log_prior, 1.0, "label"
     if isinstance(options, DistillOptions) and options.prior != "none":
         log_prior, tau = resolve_tau(options, context)

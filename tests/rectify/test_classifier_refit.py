@@ -18,16 +18,17 @@ def _samples(seed: int = 0, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + torch.randn(len(labels), dim, generator=generator), labels
 
 
-def test_it_is_the_optimum_of_its_formula() -> None:
+@pytest.mark.parametrize("tau", [1.0, 0.0, 1.7])
+def test_it_is_the_optimum_of_its_formula(tau: float) -> None:
     features, labels = _samples()
-    weight, bias = refit_classifier(features, labels, 3, weight_decay=1e-2)
+    weight, bias = refit_classifier(features, labels, 3, tau=tau, weight_decay=1e-2)
     scale = features.double().square().sum(1).mean().sqrt()
     W = (weight.double() * scale).requires_grad_()
     b = bias.double().requires_grad_()
     log_prior = (torch.tensor(COUNTS).double() / sum(COUNTS)).log()
 
     def objective(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        logits = features.double() / scale @ W.T + b + log_prior
+        logits = features.double() / scale @ W.T + b + tau * log_prior
         return F.cross_entropy(logits, labels) + 0.5 * 1e-2 * W.square().sum()
 
     gradient = torch.autograd.grad(objective(W, b), (W, b))
@@ -41,6 +42,15 @@ def test_what_is_fitted_has_no_prior_in_it() -> None:
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
     weight, bias = refit_classifier(torch.ones(len(labels), 2), labels, 3, weight_decay=1e-3)
     assert torch.allclose((torch.ones(2) @ weight.T + bias).softmax(0), torch.full((3,), 1 / 3), atol=1e-3)
+
+
+def test_more_tau_is_more_for_the_tail() -> None:
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    weight, bias = refit_classifier(torch.ones(len(labels), 2), labels, 3, tau=2.0, weight_decay=1e-3)
+    share = 1 / torch.tensor(COUNTS, dtype=torch.float32)  # pi^(1 - 2), made to sum to 1
+    assert torch.allclose((torch.ones(2) @ weight.T + bias).softmax(0), share / share.sum(), atol=1e-3)
+    with pytest.raises(ArgumentError, match="tau"):
+        refit_classifier(torch.ones(len(labels), 2), labels, 3, tau=-0.1)
 
 
 def test_scale_and_class_order_change_nothing() -> None:

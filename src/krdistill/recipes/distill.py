@@ -31,7 +31,8 @@ class DistillOptions(Options):
             ``teacher``'s own class-balanced mean prediction on images it was not fitted to. With ``refit`` none is in
             them: a classifier that is fitted on the teacher's features with balanced softmax takes its own one's place.
         tau: how much of it: a number, ``auto`` (the value that evens out the class-mean confidences), or ``per-class``
-            (a value for every class, so that they are equal; with prior ``label``).
+            (a value for every class, so that they are equal; with prior ``label``). With ``refit`` a number: how much
+            of the label prior the loss of the fit holds; more than 1 is more for the tail, less for the head.
         prior_side: whether the prior is taken off the ``teacher`` or put on the ``student`` of that divergence.
         correction: what happens where the teacher is wrong: ``lift`` raises the true class to the top, ``swap`` lets
             it trade places with the winner.
@@ -81,6 +82,8 @@ class DistillOptions(Options):
         contrast, classifier = self.contrast_weight > 0, self.classifier_weight > 0
         if self.classification_weight == 0 and not (logits or features or contrast or classifier):
             raise ValueError("all weights are 0, so nothing would be trained")
+        if self.prior == "refit" and not isinstance(self.tau, float):
+            raise ValueError(f"tau {self.tau!r} is of a prior that is subtracted; give a number, or take prior label")
         if self.tau == "per-class" and self.prior == "teacher":
             raise ValueError("tau 'per-class' gives every class its own share whatever the prior; take prior 'label'")
         given = self.model_fields_set
@@ -88,8 +91,9 @@ class DistillOptions(Options):
             (
                 self.prior not in ("none", "refit"),
                 f"prior is {self.prior!r}" + ("; set prior to label" if self.prior == "refit" else ""),
-                ("tau", "prior_side", "lrd_warmup"),
+                ("prior_side", "lrd_warmup"),
             ),
+            (self.prior != "none", "prior is 'none'", ("tau",)),
             (
                 logits or classifier,
                 "logit_weight and classifier_weight are 0",
@@ -125,7 +129,7 @@ def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
     ]
     on_predictions = options.logit_weight > 0 or options.classifier_weight > 0
     removed = resolve_tau(options, context) if on_predictions else None
-    refitted = refitted_teacher(context) if on_predictions and options.prior == "refit" else None
+    refitted = refitted_teacher(context, options.tau) if on_predictions and options.prior == "refit" else None
     if removed and options.logit_weight > 0:
         terms.append(_logit_term(options, context, *removed))
     head = context.teacher_head if refitted is None else refitted.classifier
@@ -137,7 +141,7 @@ def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
     )
 
 
-def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
+def refitted_teacher(context: ObjectiveContext, tau: float | str = 1.0) -> RefittedTeacher:
     """The teacher with a classifier that is fitted on its features with balanced softmax."""
     from ..errors import ModelError
     from ..rectify.classifier_refit import RefittedTeacher
@@ -148,7 +152,7 @@ def refitted_teacher(context: ObjectiveContext) -> RefittedTeacher:
             "prior 'refit' fits a classifier on the teacher's features, and it shows none. Name the tensor that holds "
             "them with teacher.tap, store them with its answers, or take prior 'label' and feature_weight 0."
         )
-    return RefittedTeacher(*teacher.refitted)
+    return RefittedTeacher(*teacher.refitted(float(tau)))
 
 
 def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Tensor, float]:

@@ -17,13 +17,15 @@ def refit_classifier(
     labels: Tensor,
     num_classes: int,
     *,
+    tau: float = 1.0,
     weight_decay: float = 1e-5,
     max_steps: int = 200,
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A linear classifier on frozen features, fitted with balanced softmax: no class prior is in it.
 
-    .. math:: \min_{W, b} \; \operatorname{mean}_x \operatorname{CE}\big(W \tfrac{f(x)}{r} + b + \log \pi, \; y(x)\big)
+    .. math:: \min_{W, b} \; \operatorname{mean}_x
+        \operatorname{CE}\big(W \tfrac{f(x)}{r} + b + \tau \log \pi, \; y(x)\big)
         + \tfrac{\lambda}{2} \|W\|^2, \qquad r^2 = \operatorname{mean}_x \|f(x)\|^2
 
     A larger penalty takes from the tail first, whose images count little in the mean. The problem is convex and its
@@ -33,6 +35,7 @@ def refit_classifier(
         features: f, of training images, shape ``(N, D)``.
         labels: y, shape ``(N,)``; pi are their frequencies.
         num_classes: K; every class needs a row.
+        tau: how much of the prior the loss holds: 1 is balanced softmax; more gives rare classes a larger margin.
         weight_decay: lambda > 0.
         max_steps: of L-BFGS. With so small a penalty it ends before the last digits are settled: features that differ
             in their last bits, as another machine's do, give logits that differ by some hundredths.
@@ -69,7 +72,7 @@ def refit_classifier(
         raise DataError("features: expected features that differ from zero, but all of them are zero.")
     f = f / scale
     N, D = f.shape
-    log_prior = (counts.double() / N).log()
+    log_prior = check_number("tau", tau, at_least=0) * (counts.double() / N).log()
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(flat).view(K, D + 1)
