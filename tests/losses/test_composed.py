@@ -21,6 +21,7 @@ from krdistill.losses import (
     kd_divergence,
 )
 from krdistill.priors import ClassGroups, ClassPrior, effective_number_weights
+from krdistill.rectify import remove_prior
 
 B, K = 6, 5
 PRIOR = ClassPrior.from_counts([500, 100, 30, 9, 2])
@@ -37,6 +38,15 @@ def _softmax(z: np.ndarray) -> np.ndarray:
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (p * (np.log(p) - np.log(q))).sum(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_bkd_with_inverse_counts_is_the_prior_removed_as_often_as_the_temperature(temperature: float) -> None:
+    zs, zt = _logits(0), _logits(1)
+    log_prior = PRIOR.log_prior
+    got = bkd_loss(zs, zt, class_weights=(-log_prior).exp(), temperature=temperature)
+    want = kd_divergence(zs, remove_prior(zt, log_prior, temperature), temperature=temperature)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_bkd_equals_its_reference() -> None:

@@ -30,6 +30,9 @@ def bkd_loss(
     Raises:
         ArgumentError: arguments that do not fit.
 
+    With w = 1 / pi it is the label prior removed T times over, q = softmax((z_t - T log pi) / T): logit rectification
+    with tau = T. The effective numbers' weights are near that where classes are small against 1 / (1 - beta).
+
     Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning", 2021, arXiv 2104.10510.
     """
     check_logits("student_logits", student_logits)
