@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,11 @@ from krdistill.deploy.measuring import measure_file
 from krdistill.deploy.onnx import ExportError, export_onnx
 from krdistill.deploy.predicting import predict
 from krdistill.deploy.runtime import DeviceModel
-from krdistill.errors import ArgumentError, ConfigError, ModelError
+from krdistill.errors import ArgumentError, ConfigError, DataError, ModelError
 from krdistill.kinds import encode_texts
-from krdistill.models.network import load_network
+from krdistill.models.network import build_network, load_network
 from krdistill.pipeline import estimate_seconds, prepare, run
+from krdistill.stages import StoppedError
 
 SCHEDULE = {"epochs": 6, "batch_size": 16, "optimizer": "adamw", "lr": 0.02, "augmentation": "word-dropout"}
 ASKS = {
@@ -140,6 +142,12 @@ def test_other_formats(finished: Path, table: Path, tmp_path: Path) -> None:
         export_network(network, tmp_path / "a.onnx", test=plan.data.test, groups=plan.groups, precision="int8")
 
 
+def _table_of_rows(folder: Path) -> Path:
+    write = "\n".join(f"{i},{i % 7},{label}" for i, label in enumerate([*ASKS] * 10))
+    (folder / "rows.csv").write_text(f"a,b,label\n{write}\n")
+    return folder / "rows.csv"
+
+
 def test_what_does_not_go_together(table: Path, finished: Path, tmp_path: Path) -> None:
     def refused(error: type[Exception], words: str, **more: Any) -> None:
         with pytest.raises(error, match=words):
@@ -149,31 +157,29 @@ def test_what_does_not_go_together(table: Path, finished: Path, tmp_path: Path) 
     refused(ArgumentError, "Unknown augmentation 'word-drop'", train={**SCHEDULE, "augmentation": "word-drop"})
     refused(ConfigError, "only images can be mixed", train={**SCHEDULE, "mixup": 0.2}, bank={"views": 0})
     refused(ModelError, "'resnet8' is for images, the data are sentences", student={"model": "resnet8"})
-    refused(ModelError, "asked about images, not sentences", teacher={"file": str(finished / "student.onnx")})
-    write = "\n".join(f"{i},{i % 7},{label}" for i, label in enumerate([*ASKS] * 10))
-    (tmp_path / "rows.csv").write_text(f"a,b,label\n{write}\n")
+    refused(
+        ModelError,
+        r"takes sentences, uint8 \(B, L\); the data are rows, float32 \(B, D\) = \(B, 2\)",
+        data={"source": str(_table_of_rows(tmp_path))},
+        teacher={"file": str(finished / "student.onnx")},
+        student={"model": "linear"},
+        train={**SCHEDULE, "augmentation": "none"},
+    )
     refused(
         ModelError,
         "takes sentences; the data are rows of 2 numbers",
-        data={"source": str(tmp_path / "rows.csv")},
+        data={"source": str(_table_of_rows(tmp_path))},
         teacher={"run": str(finished)},
         student={"model": "linear"},
         train={**SCHEDULE, "augmentation": "none"},
     )
 
 
-def test_a_frozen_encoder_teaches(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KRDISTILL_CACHE", str(tmp_path / "cache"))
+def _bert(folder: Path) -> Path:
+    """A real, small BERT with random weights that knows the words of the table."""
     transformers = pytest.importorskip("transformers")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *sorted({w for ts in ASKS.values() for t in ts for w in t.split()}),
-    ]
-    folder = tmp_path / "bert"
+    words = sorted({w for ts in ASKS.values() for t in ts for w in t.lower().split()})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     torch.manual_seed(0)
@@ -182,6 +188,83 @@ def test_a_frozen_encoder_teaches(table: Path, tmp_path: Path, monkeypatch: pyte
     )
     transformers.BertModel(small).save_pretrained(folder)
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_is_fine_tuned_and_taken_over(table: Path, tmp_path: Path) -> None:
+    folder = _bert(tmp_path / "bert")
+    named = f"hf:{folder}?weights=pretrained"
+    teacher = {"model": named, "train": {"augmentation": "none", "epochs": 8, "lr": 0.003}}
+    short: dict[str, Any] = {"baselines": [], "bank": {"views": 2}, "export": {"onnx": False}}
+    plan = prepare(load_config(config(table, teacher=teacher, **short)))
+    assert any("pretrained" in note for note in plan.notes)
+    metrics = run(plan, tmp_path / "out", report=False)
+    assert metrics["teacher"]["top1"] > 0.8 and metrics["student"]["top1"] > 0.6
+    trained = load_network(tmp_path / "out" / "teacher").eval()
+    before = dict(
+        build_network(named, class_names=trained.class_names, images=plan.data.train.inputs).named_parameters()
+    )
+    moved = [k for k, p in trained.named_parameters() if not torch.equal(p, before[k])]
+    assert "backbone.base.embeddings.word_embeddings.weight" in moved and len(moved) > 15  # not the head alone
+    shutil.rmtree(folder)  # the run folder holds all that a later run needs
+    again = {"teacher": {"run": str(tmp_path / "out")}, "recipe": "kd", **short, "bank": {"views": 0}}
+    schedule = {**SCHEDULE, "epochs": 1}
+    taken = run(prepare(load_config(config(table, **again, train=schedule))), tmp_path / "again", report=False)
+    assert taken["teacher"]["top1"] == metrics["teacher"]["top1"]
+
+
+def test_a_training_with_dropout_goes_on_as_if_never_stopped(table: Path, tmp_path: Path) -> None:
+    folder = _bert(tmp_path / "bert")
+    student = {"model": f"hf:{folder}", "train": {**SCHEDULE, "epochs": 2, "lr": 0.002}}
+    with pytest.raises(ConfigError, match=r"export\.onnx: the student hf:.* given sentences as texts"):
+        prepare(load_config(config(table, student=student)))
+    more: dict[str, Any] = {"recipe": "none", "baselines": [], "export": {"onnx": False}, "bank": {"views": 0}}
+    quick = {"model": "ngram64x4", "train": {**SCHEDULE, "epochs": 1}}
+    plan = prepare(load_config(config(table, student=student, teacher=quick, **more)))
+    run(plan, tmp_path / "whole", report=False)
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 11  # within the student's training
+
+    asked = 0
+    with pytest.raises(StoppedError, match="of student"):
+        run(plan, tmp_path / "halves", report=False, stop=stop)
+    torch.rand(1000)  # whatever else the process drew meanwhile
+    run(plan, tmp_path / "halves", report=False)
+    both = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "halves")]
+    assert both[0] == both[1]
+
+
+def test_files_and_answers_teach_sentences(finished: Path, table: Path, tmp_path: Path) -> None:
+    file = str(finished / "student.onnx")
+    short: dict[str, Any] = {
+        "baselines": [], "export": {"onnx": False}, "bank": {"views": 0}, "train": {**SCHEDULE, "epochs": 2}
+    }  # fmt: skip
+    plan = prepare(load_config(config(table, teacher={"file": file}, **short)))
+    metrics = run(plan, tmp_path / "file", report=False)
+    known = json.loads((finished / "metrics.json").read_text())
+    assert metrics["teacher"]["top1"] == pytest.approx(known["student"]["top1"], abs=1e-6)
+    assert load_network(tmp_path / "file" / "teacher").kind == "text"
+    logits = torch.cat(
+        [load_network(finished / "student").eval()(p.inputs).logits for p in (plan.data.train, plan.data.test)]
+    )
+    stored = {"ids": [*plan.data.train.ids, *plan.data.test.ids], "logits": logits.detach().numpy()}
+    np.savez(tmp_path / "answers.npz", **stored)
+    metrics = run(
+        prepare(load_config(config(table, teacher={"answers": str(tmp_path / "answers.npz")}, recipe="kd", **short))),
+        tmp_path / "answers", report=False,
+    )  # fmt: skip
+    assert metrics["teacher"]["top1"] == pytest.approx(known["student"]["top1"], abs=1e-6)
+    np.savez(tmp_path / "few.npz", ids=stored["ids"][1:], logits=stored["logits"][1:])
+    with pytest.raises(DataError, match=r"no answers to 1 of the 64 train sentences.*All training sentences need one"):
+        prepare(load_config(config(table, teacher={"answers": str(tmp_path / "few.npz")}, **short)))
+
+
+def test_a_frozen_encoder_teaches(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRDISTILL_CACHE", str(tmp_path / "cache"))
+    folder = _bert(tmp_path / "bert")
     teacher = {"model": f"embedding:{folder}", "train": {"augmentation": "none", "epochs": 60, "lr": 0.1}}
     plan = prepare(load_config(config(table, teacher=teacher, baselines=[], bank={"views": 2}, export={"onnx": False})))
     estimate_seconds(plan, tmp_path / "out")
