@@ -141,6 +141,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
     factory = next(code for _, code in _fences(PAGES["docs/howto-model.md"]) if "def small(" in code)
     (place / "mynets.py").write_text(factory, encoding="utf-8")
+    factory = next(code for _, code in _fences(PAGES["docs/howto-text.md"]) if "class Letters(" in code)
+    (place / "mytexts.py").write_text(factory, encoding="utf-8")
     return place
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +151,8 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
         )
     one = as_batch(images[:1]).contiguous().numpy()
     one = one if network.kind != "text" else one[:, : max(1, int((one != 0).sum()))]
-    times = []
-    for _ in range(50):
-        started = time.perf_counter()
-        session.run(None, {name: one})
-        times.append(time.perf_counter() - started)
+    milliseconds = median_milliseconds(lambda: session.run(None, {name: one}))
     size, counts = path.stat().st_size, count_graph(path)
-    milliseconds = 1000 * float(np.median(times[10:]))
     work = f", {counts['macs'] / 1e6:,.2f} M multiply-accumulates" if counts["macs"] is not None else ""
     return {
         "file": path.name,
@@ -171,6 +166,16 @@ def verify_onnx(path: Path, network: Network, images: Tensor, *, batch_size: int
         "sentence": f"{path.name}: ONNX Runtime agrees with PyTorch on {agree:,} of {len(images):,} test {name} "
         f"(largest difference {largest:.1e}), {size / 1024:.0f} KiB{work} and {milliseconds:.2f} ms per {name[:-1]}",
     }
+
+
+def median_milliseconds(job: Callable[[], object]) -> float:
+    """Median time of something done 40 times, after ten that warm up."""
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        job()
+        times.append(time.perf_counter() - started)
+    return 1000 * float(np.median(times[10:]))
 
 
 def device_card(
@@ -195,12 +200,13 @@ def check_exportable(network: Network) -> None:
     """Refuses a network that no file for a device can hold.
 
     Raises:
-        ExportError: it asks a tokeniser and an encoder that are not part of it.
+        ExportError: it asks a tokeniser or an encoder that no graph of operations holds.
     """
-    if hasattr(network.backbone, "embeds"):
+    if hasattr(network.backbone, "embeds") or network.takes_texts:
+        what = "cuts sentences up by a tokenizer" if network.takes_texts else "asks a sentence encoder"
         raise ExportError(
-            "This network asks a sentence encoder that is no part of it, so no file for a device can hold it. Distil "
-            "it into a student such as ngram, and export that."
+            f"This network {what} that is no part of it, so no file for a device can hold it. Distil it into a student "
+            "such as ngram, and export that."
         )
 
 
