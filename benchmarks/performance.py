@@ -128,9 +128,69 @@ def decode(result: dict[str, Any]) -> str:
     return f"{_table(['', 'images/s'], rows)}\n\n{_where(result, 'decode')}"
 
 
+def device(result: dict[str, Any]) -> str:
+    bars = result["bars"]
+    timed = {(r["model"], r["precision"], r["threads"], r["batch"]): r for r in result["latency"]["runs"]}
+    settings = list(dict.fromkeys(key[2:] for key in timed))
+    rows = []
+    for model, precision in dict.fromkeys(key[:2] for key in timed):
+        found = [timed[model, precision, t, b] for t, b in settings]
+        rows.append([model, precision, *(f"{r['median_ms']:.3f} / {r['p95_ms']:.3f}" for r in found)])
+    columns = [f"{t} thread{'s' if t > 1 else ''}, batch {b}" for t, b in settings]
+    quotients = []
+    for row in result["latency"]["ratios"]:
+        for label, value in row.items():
+            if isinstance(value, dict):
+                quotients.append((f"{row['student']}: {label}", (row["threads"], row["batch"]), value["median"]))
+    labels = dict.fromkeys(label for label, _, _ in quotients)
+    ratios = [
+        [label, *(f"{next(v for n, at, v in quotients if (n, at) == (label, s)):.2f}" for s in settings)]
+        for label in labels
+    ]
+    beside = [
+        [r["model"], str(r["threads"]), *(f"{r['median_ms'][side]:.3f}" for side in ("torch", "float32", "int8")),
+         f"{r['torch / float32']['median']:.2f}", f"{bars['eager']:g}"]
+        for r in result["eager"]
+    ]  # fmt: skip
+    sizes = [
+        [r["model"], f"{r['parameters']:,}", f"{r['float32_bytes'] / 1024:.1f}", f"{r['int8_bytes'] / 1024:.1f}",
+         f"{r['float32 / int8']:.2f}", f"{r['weights / int8']:.2f}", f"{bars['size']:g}"]
+        for r in result["size"]
+    ]  # fmt: skip
+    kept = [
+        [r["model"], r["data"], f"{r['images']:,}",
+         *(f"{100 * r['before'][key]:.2f} to {100 * r['after'][key]:.2f}" for key in ("top1", "balanced_accuracy")),
+         " to ".join(f"{100 * r[when]['groups'][r['drop']['rarest_group']]:.2f}" for when in ("before", "after"))]
+        for r in result["accuracy"]
+    ]  # fmt: skip
+    own = result["install"]
+    parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in own["largest"].items())
+    whole, compiled = (f"{own[key] / 1e6:.1f} MB" for key in ("bytes", "bytecode"))
+    return "\n\n".join(
+        [
+            "Milliseconds of a batch in ONNX Runtime, median / 95th percentile:",
+            _table(["", "precision", *columns], rows),
+            "How many times faster, medians over the rounds:",
+            _table(["", *columns], ratios),
+            "One example at a time, milliseconds:",
+            _table(["", "threads", "PyTorch", "ONNX Runtime", "int8", "PyTorch / ONNX Runtime", "bar"], beside),
+            "Files:",
+            _table(
+                ["", "parameters", "float32, KiB", "int8, KiB", "times smaller", "than the weights alone", "bar"], sizes
+            ),
+            "What int8 costs, accuracy in percent before and after:",
+            _table(["", "data", "test part", "all", "balanced", "rarest group"], kept),
+            f"`krdistill[runtime]` and all it needs take {whole}, {compiled} of them bytecode (bar "
+            f"{bars['install_bytes'] / 1e6:g} MB); the largest parts, in MB: {parts}. torch is "
+            f"{'among' if own['torch'] else 'not among'} them.",
+            _where(result, "device"),
+        ]
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step, "views": views, "losses": losses, "augment": augment, "decode": decode, "startup": startup,
-    "scaling": scaling,
+    "scaling": scaling, "device": device,
 }  # fmt: skip
 
 
@@ -138,7 +198,8 @@ def updated(page: str) -> str:
     """The page with every section's figures put between its marks."""
     for name, write in SECTIONS.items():
         place = f"studies/{name}" if name == "views" else name
-        text = write(json.loads((RESULTS / f"{place}.json").read_text(encoding="utf-8")))
+        path = RESULTS / f"{place}.json"
+        text = write(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not measured yet."
         marks = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
         if not marks.search(page):
             raise SystemExit(f"docs/performance.md has no place for {name}")

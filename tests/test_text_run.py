@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from command_line import told
 from krdistill import Distiller
 from krdistill.cli import main
 from krdistill.config import load_config
 from krdistill.data import DataBundle, FeatureData, load_data
 from krdistill.deploy import export_network
 from krdistill.deploy.inputs import listed_entries
-from krdistill.deploy.measuring import measure_file
+from krdistill.deploy.measuring import count_graph, measure_file
 from krdistill.deploy.onnx import ExportError, export_onnx
 from krdistill.deploy.predicting import predict
 from krdistill.deploy.runtime import DeviceModel
@@ -29,6 +32,7 @@ from krdistill.errors import ArgumentError, ConfigError, DataError, ModelError
 from krdistill.kinds import encode_texts
 from krdistill.models.network import build_network, load_network
 from krdistill.pipeline import estimate_seconds, prepare, run
+from krdistill.sharing import share_run
 from krdistill.stages import StoppedError
 
 SCHEDULE = {"epochs": 6, "batch_size": 16, "optimizer": "adamw", "lr": 0.02, "augmentation": "word-dropout"}
@@ -138,14 +142,133 @@ def test_other_formats(finished: Path, table: Path, tmp_path: Path) -> None:
             max_rare_drop=15,
         )  # fmt: skip
         assert report["agreement"] > 0.9 and report["images"] == 24
-    with pytest.raises(ArgumentError, match="take float16 for sentences"):
+
+
+def _stored(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(str(path)).graph
+    return {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}, graph
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])  # a bag of n-grams, and convolutions over words
+def test_int8_for_sentences(finished: Path, table: Path, tmp_path: Path, who: str) -> None:
+    plan = prepare(load_config(config(table)))
+    network, out = load_network(finished / who).eval(), tmp_path / "small.onnx"
+    report = export_network(
+        network, out, test=plan.data.test, groups=plan.groups, precision="int8", class_counts=[40, 16, 8],
+        max_drop=5, max_rare_drop=15,
+    )  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.onnx", "small.onnx.json"]
+    plain = export_onnx(network, tmp_path / "plain.onnx", class_counts=[40, 16, 8])
+    assert report["bytes"] == out.stat().st_size
+    assert report["float32"]["bytes"] == plain.stat().st_size and report["float32"]["milliseconds"] > 0
+    assert report["noun"] == "sentences" and report["milliseconds"] > 0 and report["calibration_images"] is None
+    assert count_graph(out)["parameters"] == count_graph(plain)["parameters"]
+
+    # The report, worked out again from the files alone; the limits that were allowed are limits.
+    model, labels = DeviceModel(out), plan.data.test.labels.numpy()
+    assert model.class_names == network.class_names and model.class_counts == (40, 16, 8)
+    p, before = (DeviceModel(path)(plan.data.test.inputs.numpy()) for path in (out, plain))
+    assert report["after"]["top1"] == pytest.approx((p.argmax(1) == labels).mean())
+    assert report["before"]["top1"] == pytest.approx((before.argmax(1) == labels).mean())
+    for k, name in enumerate(plan.groups.names):  # a class each
+        assert report["after"]["groups"][name] == pytest.approx((p.argmax(1) == labels)[labels == k].mean())
+    assert report["largest_difference"] == pytest.approx(np.abs(p - before).max(), abs=1e-5)
+    assert 1e-5 < report["largest_difference"] < 0.1 and report["agreement"] > 0.95
+    for i, row in enumerate(plan.data.test.inputs.numpy()):  # one at a time, as on a device
+        np.testing.assert_allclose(model(row[None])[0], p[i], atol=0.02)
+
+    # Weights: what is stored comes back within a step, by the file's own scales.
+    stored, graph = _stored(out)
+    weights = {name: value.detach().numpy() for name, value in network.backbone.named_parameters() if value.ndim > 1}
+    gathers = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Gather"}
+    seen = 0
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        looked_up = node.input[0] in gathers
+        coded = stored[gathers[node.input[0]] if looked_up else node.input[0]]
+        zero = stored[node.input[2]].astype(int) if len(node.input) > 2 else 0
+        scale = stored[node.input[1]] if looked_up else stored[node.input[1]][:, None, None]  # of channels
+        want = next(w for w in weights.values() if w.shape == coded.shape)
+        # Half a step; of a table, whose zero is a whole number of steps too, another half.
+        assert (np.abs((coded.astype(int) - zero) * scale - want) <= (1.001 if looked_up else 0.501) * scale).all()
+        assert coded.dtype == (np.uint8 if looked_up else np.int8)
+        seen += 1
+    products = [n for n in graph.node if n.op_type == "MatMulInteger"]
+    for node in products:
+        assert stored[node.input[1]].dtype == np.int8 and np.abs(stored[node.input[1]].astype(int)).max() <= 64
+    assert seen + len(products) == len(weights), "every table, kernel and matrix"
+    assert not [v for v in stored.values() if v.dtype == np.float32 and v.ndim > 1 and v.size > 100]
+
+
+def test_int8_that_loses_too_much_is_not_written(finished: Path, table: Path, tmp_path: Path) -> None:
+    plan = prepare(load_config(config(table)))
+    network = load_network(finished / "student")
+    bag = network.backbone.get_submodule("stem.0")
+    grams = torch.zeros(256, 1).requires_grad_()  # which n-grams the test sentences have: those that get a gradient
+    answer = torch.func.functional_call(bag, {"table": grams}, (plan.data.test.inputs,))
+    (gradient,) = torch.autograd.grad(answer.sum(), grams)
+    unused = int((gradient == 0).nonzero()[0, 0])
+    with torch.no_grad():  # a vector that no test sentence has, and whose size takes all steps of the table
+        network.backbone.get_parameter("stem.0.table")[unused] = 1e4
+    with pytest.raises(ExportError, match=r"int8 loses .* points of accuracy on all test sentences") as caught:
         export_network(network, tmp_path / "a.onnx", test=plan.data.test, groups=plan.groups, precision="int8")
+    assert not list(tmp_path.iterdir())
+    assert caught.value.report is not None and caught.value.report["before"]["top1"] > 0.8
+
+
+def test_int8_by_the_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "small.onnx"
+    loose = ("--max-drop", "5", "--max-rare-drop", "15", "--out", str(out))
+    code, shown, err = told(capsys, ["export", str(finished), "--precision", "int8", *loose])
+    assert code == 0, err
+    words = " ".join(shown.split())
+    assert "accuracy, 24 sentences" in words and "all test sentences" in words and "ms per sentence; float32:" in words
+    code, shown, err = told(capsys, ["predict", str(out), "--top", "2", str(_lines(tmp_path))])
+    assert code == 0 and [r["class"] for r in csv.DictReader(io.StringIO(shown))] == ["card", "lost", "rate"], err
+    code, _, err = told(capsys, ["export", str(finished), "--precision", "int8", "--calibration", "natural", *loose])
+    assert code == 2 and "--calibration is for images; int8 of sentences needs none" in err
+    plan = prepare(load_config(str(finished / "config.yaml")))
+    with pytest.raises(ArgumentError, match="int8 of sentences uses none"):
+        export_network(
+            load_network(finished / "student"), out, test=plan.data.test, groups=plan.groups, precision="int8",
+            calibration=plan.data.train.inputs,
+        )  # fmt: skip
+
+
+def _lines(folder: Path) -> Path:
+    path = folder / "asks.txt"
+    path.write_text("where is my card\nsomeone stole my wallet\nexchange rate of the dollar\n", encoding="utf-8")
+    return path
 
 
 def _table_of_rows(folder: Path) -> Path:
     write = "\n".join(f"{i},{i % 7},{label}" for i, label in enumerate([*ASKS] * 10))
     (folder / "rows.csv").write_text(f"a,b,label\n{write}\n")
     return folder / "rows.csv"
+
+
+def _check_shared(run_folder: Path, folder: Path, task: str, given: Path, classes: set[str]) -> None:
+    """The card says the task, and what it tells the reader to do works."""
+    pytest.importorskip("huggingface_hub")
+    share_run(run_folder, folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["pipeline_tag"] == head["model-index"][0]["results"][0]["task"]["type"] == task
+    code = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(folder))
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert set(ast.literal_eval(done.stdout)) <= classes
+    words = card.partition("```console\n")[2].partition("\n```")[0].split()
+    assert words[:3] == ["krdistill", "predict", "model.onnx"] and Path(words[3]).suffix == given.suffix
+    main(["predict", str(folder / words[2]), str(given), "--out", str(given.parent / "answers.csv")])
+    with (given.parent / "answers.csv").open(newline="") as file:
+        assert {r["class"] for r in csv.DictReader(file)} <= classes
+
+
+def test_a_student_for_sentences_is_shared(finished: Path, tmp_path: Path) -> None:
+    _check_shared(finished, tmp_path / "shared", "text-classification", _lines(tmp_path), set(ASKS))
 
 
 def test_what_does_not_go_together(table: Path, finished: Path, tmp_path: Path) -> None:
@@ -294,6 +417,16 @@ def test_a_run_on_rows_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert model.kind == "features" and model.channels == 5
     p = model(test.astype(np.float32))
     assert (p.argmax(1) == test_y).mean() == pytest.approx(metrics["student"]["top1"], abs=0.02)
+    loose = ["--max-drop", "3", "--max-rare-drop", "6"]
+    code, shown, err = told(capsys, ["export", str(tmp_path / "run"), "--precision", "int8", *loose])
+    assert code == 0 and "ms per row; float32:" in " ".join(shown.split()), err
+    int8 = DeviceModel(tmp_path / "run" / "exports" / "student-int8.onnx")
+    assert int8.kind == "features" and np.abs(int8(test.astype(np.float32)) - p).max() < 0.1
+    with (tmp_path / "given.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([list("abcde"), *test[:3].tolist()])
+    _check_shared(
+        tmp_path / "run", tmp_path / "shared", "tabular-classification", tmp_path / "given.csv", set("0123")
+    )  # fmt: skip
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
             [["a", "b", "label", "c", "d", "e"], *([*r[:2], "?", *r[2:]] for r in test[:3].tolist())]

@@ -124,6 +124,40 @@ def test_other_formats_take_it_along(finished: Path, tmp_path: Path, capsys: pyt
     assert Calibrator.load(out / "calibrator.json") == student_calibrator(finished)
 
 
+def test_it_is_shared_with_the_student(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    from krdistill import HubNetwork, load_network
+    from krdistill.sharing import share_run
+
+    calibrate_run(finished, ["vector"])
+    fitted = student_calibrator(finished)
+    assert fitted is not None
+    folder = share_run(finished, tmp_path / "shared")
+    assert Calibrator.load(folder / "calibrator.json") == fitted
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Beside the weights lies a calibrator, vector," in card and "calibrated=True" in card
+    rows = prepare(load_config(str(finished / "config.yaml"))).data.test.inputs[:50].permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        logits = load_network(folder).eval()(rows).logits
+        assert torch.equal(HubNetwork.from_pretrained(folder)(rows).logits, logits)
+        sure = HubNetwork.from_pretrained(folder, calibrated=True)(rows).logits.softmax(1)
+    torch.testing.assert_close(sure, fitted(logits).float(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_without_a_calibrator_shares_none(finished: Path, tmp_path: Path) -> None:
+    from krdistill.sharing import share_run
+
+    kept = (finished / "calibration.json").read_text() if (finished / "calibration.json").is_file() else None
+    (finished / "calibration.json").unlink(missing_ok=True)
+    try:
+        folder = share_run(finished, tmp_path / "shared")
+    finally:
+        if kept is not None:
+            (finished / "calibration.json").write_text(kept)
+    assert not (folder / "calibrator.json").exists()
+    assert "calibrator" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_file_without_a_calibrator_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from krdistill import load_network
+from krdistill.calibration import Calibrator
 from krdistill.cli import main
 from krdistill.data.containers import ImageData
-from krdistill.errors import ModelError, RunFolderError
+from krdistill.errors import ArgumentError, ModelError, RunFolderError
 from krdistill.models.network import Network, build_network, ensemble
 from krdistill.sharing import save_shared, share_run
 
@@ -148,6 +149,59 @@ def test_students_of_other_kinds(tmp_path: Path, kind: str) -> None:
     again = HubNetwork.from_pretrained(tmp_path)
     with torch.inference_mode():
         assert again.kind == kind and torch.equal(again(rows).logits, network(rows).logits)
+    task = {"features": "tabular-classification", "text": "text-classification"}[kind]
+    assert f"\npipeline_tag: {task}\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def _vector() -> Calibrator:
+    return Calibrator("vector", 3, {"scale": [1.5, 0.5, 1.0], "offset": [0.0, 0.3, -0.2]})
+
+
+def test_a_calibrator_goes_along_and_is_applied_where_that_is_asked_for(tmp_path: Path) -> None:
+    network = _network()
+    HubNetwork(network, calibrator=_vector()).save_pretrained(tmp_path / "a")
+    plain = HubNetwork.from_pretrained(tmp_path / "a")
+    _same(network, plain)  # nobody asked
+    assert plain.calibrator == _vector()
+    sure = HubNetwork.from_pretrained(tmp_path / "a", calibrated=True)
+    with torch.inference_mode():
+        out, want = sure(_batch(network)), network(_batch(network))
+        # By hand: softmax(w log p + b).
+        z = want.logits.double().log_softmax(1) * torch.tensor([1.5, 0.5, 1.0]) + torch.tensor([0.0, 0.3, -0.2])
+        torch.testing.assert_close(out.logits.softmax(1), z.softmax(1).float())
+        assert out.logits.dtype == torch.float32 and torch.equal(out.feature, want.feature)
+        assert not torch.allclose(out.logits.softmax(1), want.logits.softmax(1), atol=1e-2)
+        assert len(sure(_batch(network), maps=True).maps) == 3
+    sure.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "calibrator.json").read_bytes() == (tmp_path / "a" / "calibrator.json").read_bytes()
+    HubNetwork(_network()).save_pretrained(tmp_path / "b")  # other weights: the calibrator is not theirs
+    assert not (tmp_path / "b" / "calibrator.json").exists()
+
+
+def test_a_probability_of_nothing_is_no_infinity(tmp_path: Path) -> None:
+    values = [[0.0] * 15, [1.0] * 15, [0.0] * 15]
+    sure = HubNetwork(_network(), calibrator=Calibrator("histogram", 3, {"values": values}), calibrated=True)
+    with torch.inference_mode():
+        logits = sure(_batch(sure)).logits
+    assert logits.isfinite().all() and (logits.argmax(1) == 1).all()
+
+
+def test_calibrators_that_do_not_fit(tmp_path: Path) -> None:
+    other = Calibrator("temperature", 4, {"temperature": 2.0})
+    with pytest.raises(ArgumentError, match="calibrator of 3 classes, got 4"):
+        HubNetwork(_network(), calibrator=other)
+    with pytest.raises(ArgumentError, match="expected a calibrator"):
+        HubNetwork(_network(), calibrated=True)
+    HubNetwork(_network()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds no calibrator .*krdistill calibrate RUN"):
+        HubNetwork.from_pretrained(tmp_path, calibrated=True)
+    other.save(tmp_path / "calibrator.json")
+    with pytest.raises(ModelError, match="calibrator of 3 classes, got one of 4"):
+        HubNetwork.from_pretrained(tmp_path)
+    for text in ("{", '{"method": "temperature"}', "[]"):
+        (tmp_path / "calibrator.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ModelError, match="is no calibrator"):
+            HubNetwork.from_pretrained(tmp_path)
 
 
 def test_a_timm_student(tmp_path: Path) -> None:
@@ -261,8 +315,8 @@ def test_a_student_that_came_out_otherwise_is_not_shared(
 ) -> None:
     from krdistill.sharing import folder as module
 
-    def broken(network: Network, folder: Path, *, card: str | None = None) -> None:
-        save_shared(network, folder, card=card)
+    def broken(network: Network, folder: Path, **more: Any) -> None:
+        save_shared(network, folder, **more)
         state = load_file(folder / "model.safetensors")
         state["head.bias"] += 1e-3
         from safetensors.torch import save_file

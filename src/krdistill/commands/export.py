@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RunFolderError
+from ..kinds import NOUNS
 from .shared import make_console, needs_packages
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ _SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ""}
 )  # fmt: skip
 @click.option(
     "--calibration", type=click.Choice(["balanced", "natural"]),
-    help="Training images that int8 is calibrated on: equally many of every class, or as they come. "
-    "[default: balanced]",
+    help="Training images that int8 is calibrated on: equally many of every class, or as they come; sentences and "
+    "rows need none. [default: balanced]",
 )  # fmt: skip
 @click.option("--float-images", is_flag=True, help="The file takes float images in [0, 1], not uint8; onnx alone.")
 @click.option("--out", type=click.Path(path_type=Path), help="File, or folder for safetensors. [default: RUN/exports]")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), default=0.5, show_default=True,
-    help="Points of accuracy on all test images that may be lost.",
+    help="Points of accuracy on all test examples that may be lost.",
 )  # fmt: skip
 @click.option(
     "--max-rare-drop", type=click.FloatRange(0, 100), default=1.0, show_default=True,
@@ -86,7 +87,10 @@ def export(
         prior, groups = measure(data, config.data.groups)
         network = load_network(run_folder / "student", allow_factories=[parse_model(config.student.model).name])
         calibrator = student_calibrator(run_folder)
-        images = calibration_images(data.train, kind=calibration or "balanced") if precision == "int8" else None
+        if calibration is not None and network.kind != "image":
+            raise ConfigError(f"--calibration is for images; int8 of {NOUNS[network.kind]} needs none.")
+        static = precision == "int8" and network.kind == "image"
+        images = calibration_images(data.train, kind=calibration or "balanced") if static else None
         try:
             report = export_network(
                 network, out, test=data.test, groups=groups, form=form, precision=precision,
@@ -100,14 +104,27 @@ def export(
     _print(console, report)
     if calibrator is not None:
         console.print(f"with the calibrator {calibrator.words()}: krdistill predict --calibrated", highlight=False)
-    console.print(f"\n{report['format']}  {out}  ({report['bytes'] / 1024:,.0f} KiB)", highlight=False)
+    console.print(f"\n{report['format']}  {out}  ({_cost(report)})", highlight=False, soft_wrap=True)
+
+
+def _cost(report: dict[str, Any]) -> str:
+    """Size and time, for int8 beside those of float32."""
+    plain = report["float32"]
+    size = f"{report['bytes'] / 1024:,.0f} KiB"
+    if report["milliseconds"] is None:
+        return size
+    one = f"{report['milliseconds']:.2f} ms per {report['noun'][:-1]}"
+    if plain is None:
+        return f"{size}, {one}"
+    return f"{size}, {one}; float32: {plain['bytes'] / 1024:,.0f} KiB, {plain['milliseconds']:.2f} ms"
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     from ..console import print_table
 
     old, new = report["before"], report["after"]
-    pairs = [("all test images", old["top1"], new["top1"])]
+    noun = report["noun"]
+    pairs = [(f"all test {noun}", old["top1"], new["top1"])]
     pairs += [(f"group {name}", old["groups"][name], new["groups"][name]) for name in old["groups"]]
     pairs += [("calibration error", old["ece"], new["ece"])]
     rows = [
@@ -116,9 +133,9 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         else [name, *["n/a"] * 3]
         for name, a, b in pairs
     ]
-    print_table(console, [f"accuracy, {report['images']:,} images", "PyTorch", report["precision"], "points"], rows)
+    print_table(console, [f"accuracy, {report['images']:,} {noun}", "PyTorch", report["precision"], "points"], rows)
     console.print(
-        f"same class on {100 * report['agreement']:.2f}% of the images, largest difference of a probability "
+        f"same class on {100 * report['agreement']:.2f}% of the {noun}, largest difference of a probability "
         f"{report['largest_difference']:.1e}",
         highlight=False,
     )

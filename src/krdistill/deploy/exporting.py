@@ -33,9 +33,10 @@ from .onnx import (
     dynamic_shapes,
     example_images,
     export_onnx,
+    median_milliseconds,
     quiet_export,
 )
-from .quantising import quantise_onnx
+from .quantising import quantise_dynamically, quantise_onnx
 from .runtime import DeviceModel
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -66,7 +67,8 @@ def export_network(
     ``torch.export`` program; ``safetensors``, a folder of weights and ``network.json`` for
     :func:`krdistill.load_network`. Precisions: ``float32``; ``float16``, the backbone in half precision, normalisation
     and softmax in single (``pt2`` and ``safetensors`` store it in half and compute in single); ``int8``, ONNX alone
-    (:func:`quantise_onnx`).
+    (:func:`~krdistill.deploy.quantising.quantise_onnx`; of sentences and rows of numbers
+    :func:`~krdistill.deploy.quantising.quantise_dynamically`).
 
     Args:
         network: the student.
@@ -76,7 +78,7 @@ def export_network(
         form: one of ``FORMATS``.
         precision: one of ``PRECISIONS``.
         class_counts: training images of each class, K numbers.
-        calibration: images for ``int8``, uint8 ``(N, H, W, C)``
+        calibration: for ``int8`` of a network for images, and for nothing else: uint8 ``(N, H, W, C)``
             (:func:`~krdistill.deploy.quantising.calibration_images`).
         float_images: ``onnx`` alone: the file takes float32 images in [0, 1] instead.
         calibrator: of the network, written along (``calibrator.json`` for ``safetensors``, else into the file's
@@ -85,15 +87,18 @@ def export_network(
         max_rare_drop: points that the rarest group may lose.
 
     Returns:
-        The report: ``file``, ``format``, ``precision``, ``bytes``, ``images``, ``largest_difference`` of the
-        probabilities, ``agreement`` of the predicted class, ``before`` and ``after`` (``top1``,
-        ``balanced_accuracy``, ``groups``, ``ece``, ``nll``), ``drop`` in points of ``all`` and of the ``rarest`` group
-        (None without images) and its ``rarest_group``, ``allowed``, ``calibration_images``.
+        The report: ``file``, ``format``, ``precision``, ``bytes``, ``milliseconds`` (median of one example at a time in
+        ONNX Runtime; None of other formats), ``float32`` (``bytes`` and ``milliseconds`` of the file that ``int8`` was
+        made from, else None), ``noun`` (what an example is), ``images``, ``largest_difference`` of the probabilities,
+        ``agreement`` of the predicted class, ``before`` and ``after`` (``top1``, ``balanced_accuracy``, ``groups``,
+        ``ece``, ``nll``), ``drop`` in points of ``all`` and of the ``rarest`` group (None without images) and its
+        ``rarest_group``, ``allowed``, ``calibration_images``.
 
     Raises:
         ExportError: it loses more than is allowed, or a ``float32`` probability differs by more than 1e-4; nothing is
             written then, and the error holds the report.
-        ArgumentError: an unknown format or precision, two that do not go together, or no calibration images.
+        ArgumentError: an unknown format or precision, two that do not go together, or calibration images that are
+            missing or of no use.
         MissingDependencyError: the ``onnx`` extra is not installed.
     """
     if form not in FORMATS or precision not in PRECISIONS:
@@ -103,18 +108,22 @@ def export_network(
         )
     if precision == "int8" and form != "onnx":
         raise ArgumentError(f"8-bit integers need ONNX Runtime: take the format onnx for int8, not {form}.")
-    if precision == "int8" and network.kind != "image":
-        raise ArgumentError(f"8-bit integers are for networks for images; take float16 for {NOUNS[network.kind]}.")
     if form != "safetensors":
         check_exportable(network)
-    if precision == "int8" and (calibration is None or not len(calibration)):
+    static = precision == "int8" and network.kind == "image"
+    if static and (calibration is None or not len(calibration)):
         raise ArgumentError("Expected calibration images for int8, got none.")
+    if not static and calibration is not None:
+        raise ArgumentError(
+            f"Calibration images are for int8 of a network for images; {precision} of {NOUNS[network.kind]} uses none."
+        )
     if float_images and (form != "onnx" or precision == "int8"):
         raise ArgumentError("Float images are for the format onnx in float32 or float16; others take uint8.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-        made = Path(place) / out.name
-        _write(network, made, form, precision, class_counts, calibration, calibrator, float_images)
+        made = Path(place) / "new" / out.name
+        made.parent.mkdir()
+        plain = _write(network, made, form, precision, class_counts, calibration, calibrator, float_images)
         report = compare_answers(_answer_of_network(network), _answer_of_file(made, form), test=test, groups=groups)
         files = sorted(made.iterdir()) if made.is_dir() else [made]
         report = {
@@ -122,9 +131,14 @@ def export_network(
             "format": form,
             "precision": precision,
             "bytes": sum(file.stat().st_size for file in files),
+            "milliseconds": _milliseconds(made, test) if form == "onnx" else None,
+            "float32": None
+            if plain is None
+            else {"bytes": plain.stat().st_size, "milliseconds": _milliseconds(plain, test)},
+            "noun": NOUNS[test.kind],
             **report,
             "allowed": {"all": max_drop, "rarest": max_rare_drop},
-            "calibration_images": len(calibration) if precision == "int8" and calibration is not None else None,
+            "calibration_images": None if calibration is None else len(calibration),
         }
         _check(report)
         if made.is_dir():
@@ -215,7 +229,8 @@ class _StoredHalf(nn.Module):
 def _write(
     network: Network, out: Path, form: str, precision: str, counts: Sequence[int] | None, calibration: Tensor | None,
     calibrator: Calibrator | None, float_images: bool,
-) -> None:  # fmt: skip
+) -> Path | None:  # fmt: skip
+    """Writes the file or folder; of int8, gives the file in float32 that it was made from, one folder up."""
     if form == "safetensors":
         save_network(half_precision(network) if precision == "float16" else network, out)
         if calibrator is not None:
@@ -227,13 +242,24 @@ def _write(
             program = torch.export.export(module, (example_images(network),), dynamic_shapes=dynamic_shapes(network))
             torch.export.save(program, part, extra_files={CARD: card})
     elif precision == "int8":
-        assert calibration is not None  # checked by the caller
-        with tempfile.TemporaryDirectory() as place:
-            plain = export_onnx(network, Path(place) / "float32.onnx", class_counts=counts, calibrator=calibrator)
+        plain = export_onnx(network, out.parents[1] / "float32.onnx", class_counts=counts, calibrator=calibrator)
+        if calibration is None:
+            quantise_dynamically(plain, out)
+        else:
             quantise_onnx(plain, out, calibration)
+        return plain
     else:
         stored = half_precision(network) if precision == "float16" else network
         export_onnx(stored, out, class_counts=counts, calibrator=calibrator, float_images=float_images)
+    return None
+
+
+def _milliseconds(path: Path, test: Examples) -> float:
+    """Median time of one example at a time, of the first of the test part."""
+    model, one = DeviceModel(path), test.inputs[:1].numpy()
+    if test.kind == "text":
+        one = one[:, : max(1, int((one != 0).sum()))]
+    return round(median_milliseconds(lambda: model(one)), 4)
 
 
 def _answer_of_network(network: Network) -> Answer:
@@ -272,7 +298,7 @@ def _check(report: dict[str, Any]) -> None:
             f"{TOLERANCE:g}). Nothing was written; please report the network it came from.",
             report,
         )
-    for key, where in (("all", "all test images"), ("rarest", f"the rarest group, {drop['rarest_group']}")):
+    for key, where in (("all", f"all test {report['noun']}"), ("rarest", f"the rarest group, {drop['rarest_group']}")):
         # A hair above the limit is rounding, not accuracy.
         if drop[key] is not None and not drop[key] <= allowed[key] + 1e-9:
             option = "--max-drop" if key == "all" else "--max-rare-drop"

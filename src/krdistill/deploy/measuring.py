@@ -126,13 +126,22 @@ def _macs(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
 def _parameters(graph: Any) -> int:
     import onnx
 
-    steps = {name for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear") for name in n.input[1:]}
+    kinds = onnx.TensorProto
+    ranges = {n.output[1] for n in graph.node if n.op_type == "DynamicQuantizeLinear"}
+    steps = set()
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            steps.update(node.input[1:])
+        elif node.op_type in ("MatMulInteger", "ConvInteger"):
+            steps.update(node.input[2:])
+        elif node.op_type == "Mul" and ranges & set(node.input):  # scale of the activations by that of the weights
+            steps.update(node.input)
     coded = {n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+    numbers = {kinds.FLOAT, kinds.FLOAT16, kinds.DOUBLE, kinds.BFLOAT16, kinds.INT8, kinds.UINT8}
     return sum(
         math.prod(i.dims)
         for i in graph.initializer
-        if i.name not in steps and (i.data_type in floats or i.name in coded)
+        if i.name not in steps and (i.data_type in numbers or i.name in coded)
     )
 
 

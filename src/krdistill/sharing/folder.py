@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..calibrating import student_calibrator
+from ..calibration import Calibrator
 from ..config import load_config
 from ..errors import ModelError, RunFolderError
 from ..files import disk_errors, read_json, write_json, write_text
@@ -19,15 +21,17 @@ from ..reporting.model_card import model_card
 from ..runfolder import CONFIG, DONE, EXPORT, ONNX
 
 README = "README.md"
+CALIBRATOR = "calibrator.json"
 _CARD = "network.json"
 
 
 def share_run(run: Path, folder: Path, *, title: str | None = None, license: str | None = None) -> Path:
     """Writes the student of a finished run as a folder to hand on, or to upload to the Hugging Face Hub.
 
-    It holds ``model.safetensors``, ``config.json`` (:meth:`Network.card`), ``README.md`` (the model card) and, where
-    the run exported one, ``model.onnx``. :func:`krdistill.load_network` and ``HubNetwork.from_pretrained`` read it.
-    Before it takes its place it is read back, and its answers are those of the run's student bit for bit.
+    It holds ``model.safetensors``, ``config.json`` (:meth:`Network.card`), ``README.md`` (the model card), where the
+    run exported one ``model.onnx``, and where its student was given a calibrator of its own ``calibrator.json``, which
+    is applied for those alone who ask for it. :func:`krdistill.load_network` and ``HubNetwork.from_pretrained`` read
+    the folder. Before it takes its place it is read back, and its answers are those of the run's student bit for bit.
 
     Args:
         run: the folder of a finished run.
@@ -36,7 +40,8 @@ def share_run(run: Path, folder: Path, *, title: str | None = None, license: str
         license: its name on the Hub, such as ``apache-2.0``; by default none is claimed.
 
     Raises:
-        RunFolderError: no finished run, or the folder holds something.
+        RunFolderError: no finished run, the folder holds something, or the run's calibrator is damaged or of other
+            weights.
         ModelError: a student that cannot be rebuilt from its name.
         MissingDependencyError: the ``train`` extra is not installed, or the network's library.
     """
@@ -51,13 +56,15 @@ def share_run(run: Path, folder: Path, *, title: str | None = None, license: str
     allowed = [parse_model(config.student.model).name]
     network = load_network(run / "student", allow_factories=allowed)
     onnx = "model.onnx" if (run / ONNX).is_file() and (run / EXPORT).is_file() else None
+    calibrator = student_calibrator(run)
     text = model_card(
-        files, network.card(), title=title or files.config.get("name") or run.resolve().name, license=license, onnx=onnx
-    )
+        files, network.card(), title=title or files.config.get("name") or run.resolve().name, license=license,
+        onnx=onnx, calibrator=None if calibrator is None else calibrator.words(),
+    )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         made = Path(place) / "shared"
-        save_shared(network, made, card=text)
+        save_shared(network, made, card=text, calibrator=calibrator)
         if onnx is not None:
             shutil.copyfile(run / ONNX, made / onnx)
         _check_same(network, load_network(made, allow_factories=allowed), made)
@@ -67,8 +74,27 @@ def share_run(run: Path, folder: Path, *, title: str | None = None, license: str
     return folder
 
 
-def save_shared(network: Network, folder: Path, *, card: str | None = None) -> None:
-    """Writes ``model.safetensors``, ``config.json`` and, where given, the card (``README.md``).
+def load_calibrator(folder: Path, num_classes: int) -> Calibrator | None:
+    """The calibrator of a shared folder, or None.
+
+    Raises:
+        ModelError: a damaged one, or one of another number of classes.
+    """
+    path = folder / CALIBRATOR
+    if not path.is_file():
+        return None
+    found = Calibrator.load(path)
+    if found.num_classes != num_classes:
+        raise ModelError(f"{path}: expected a calibrator of {num_classes} classes, got one of {found.num_classes}.")
+    return found
+
+
+def save_shared(
+    network: Network, folder: Path, *, card: str | None = None, calibrator: Calibrator | None = None
+) -> None:
+    """Writes ``model.safetensors``, ``config.json`` and, where given, the card (``README.md``) and the calibrator.
+
+    A calibrator that lies there already is of the weights that are replaced, and goes with them.
 
     Raises:
         ModelError: a network that was not made by name, that came as a file, or an ensemble.
@@ -91,6 +117,10 @@ def save_shared(network: Network, folder: Path, *, card: str | None = None) -> N
     if rest.startswith(("/", ".", "~")):  # a folder of this machine; "config" beside it has all that is needed
         described["architecture"]["name"] = origin + colon + rest.rpartition("/")[2]
     write_json(folder / CONFIG_NAME, {"library_name": "krdistill", **described})
+    if calibrator is not None:
+        calibrator.save(folder / CALIBRATOR)
+    else:
+        (folder / CALIBRATOR).unlink(missing_ok=True)
     if card is not None:
         write_text(folder / README, card)
 

@@ -6,11 +6,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import MissingDependencyError, ModelError
+from ..calibration import Calibrator
+from ..errors import ArgumentError, MissingDependencyError, ModelError
 from ..models.network import CONFIG_NAME, Network, load_network
-from .folder import README, save_shared
+from ..outputs import Outputs
+from ..reporting.model_card import TASKS
+from .folder import CALIBRATOR, README, load_calibrator, save_shared
 
 try:
     from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
@@ -20,7 +24,12 @@ except ImportError as error:
         f"The Hugging Face layout needs the package {error.name}: pip install 'krdistill[hub]'."
     ) from None
 
-_FILES = (CONFIG_NAME, "model.safetensors", README)  # what is fetched: nothing that could be unpickled or run
+_FILES = (
+    CONFIG_NAME,
+    "model.safetensors",
+    README,
+    CALIBRATOR,
+)  # what is fetched: nothing that could be unpickled or run
 
 
 class HubNetwork(Network, ModelHubMixin):
@@ -32,6 +41,12 @@ class HubNetwork(Network, ModelHubMixin):
         network: made by name (:func:`krdistill.models.network.build_network`, a run, a shared folder).
         card: text of ``README.md``; by default one that says no more than ``config.json``. ``krdistill share`` writes
             a whole one.
+        calibrator: how sure it may be; ``save_pretrained`` writes it along.
+        calibrated: whether it answers so: its logits are then the logarithms of the calibrator's probabilities, so
+            that their softmax is calibrated. Features and stages stay as they are.
+
+    Raises:
+        ArgumentError: a calibrator of another number of classes, or none where ``calibrated`` asks for one.
 
     Example::
 
@@ -39,9 +54,26 @@ class HubNetwork(Network, ModelHubMixin):
         network.save_pretrained("copy")
     """
 
-    def __init__(self, network: Network, *, card: str | None = None) -> None:
+    def __init__(
+        self, network: Network, *, card: str | None = None, calibrator: Calibrator | None = None,
+        calibrated: bool = False,
+    ) -> None:  # fmt: skip
+        if calibrator is not None and calibrator.num_classes != network.num_classes:
+            raise ArgumentError(
+                f"Expected a calibrator of {network.num_classes} classes, got {calibrator.num_classes}."
+            )
+        if calibrated and calibrator is None:
+            raise ArgumentError("calibrated: expected a calibrator along with it, got none.")
         self.__dict__.update(network.__dict__)  # a module's whole state
-        self.readme = card
+        self.readme, self.calibrator, self.calibrated = card, calibrator, calibrated
+
+    def forward(self, images: Tensor, *, maps: bool = False) -> Outputs:
+        """As :meth:`Network.forward`; logits that are calibrated, where it was made so."""
+        out = super().forward(images, maps=maps)
+        if not self.calibrated or self.calibrator is None:
+            return out
+        p = self.calibrator(out.logits).to(out.logits.dtype)
+        return out._replace(logits=p.clamp_min(torch.finfo(p.dtype).tiny).log())
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -53,6 +85,7 @@ class HubNetwork(Network, ModelHubMixin):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        calibrated: bool = False,
         backbone: nn.Module | None = None,
         allow_factories: bool | Collection[str] = False,
     ) -> HubNetwork:
@@ -66,11 +99,14 @@ class HubNetwork(Network, ModelHubMixin):
             cache_dir: where fetched files are kept.
             local_files_only: take what is in the cache, and ask no network.
             revision: a branch, tag or commit on the Hub.
+            calibrated: apply the calibrator that lies beside the weights (``calibrator.json``); without it the network
+                answers as it was trained to.
             backbone: as in :func:`krdistill.load_network`.
             allow_factories: as in :func:`krdistill.load_network`: whether its card may have modules imported.
 
         Raises:
-            ModelError: no such folder or name, no connection, or a damaged or foreign folder.
+            ModelError: no such folder or name, no connection, a damaged or foreign folder, or ``calibrated`` and no
+                calibrator in it.
             MissingDependencyError: the network's library is not installed.
         """
         given = str(pretrained_model_name_or_path)
@@ -101,19 +137,25 @@ class HubNetwork(Network, ModelHubMixin):
         network = load_network(folder, backbone=backbone, allow_factories=allow_factories)
         readme = folder / README
         card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
-        made = cls(network, card=card)
+        calibrator = load_calibrator(folder, network.num_classes)
+        if calibrated and calibrator is None:
+            raise ModelError(
+                f"{given} holds no calibrator ({CALIBRATOR}). Leave calibrated out, or calibrate the run that it comes "
+                "from (krdistill calibrate RUN) and share it again."
+            )
+        made = cls(network, card=card, calibrator=calibrator, calibrated=calibrated)
         made.eval()
         return made
 
     def _save_pretrained(self, save_directory: Path) -> None:
         there = (save_directory / README).exists()  # a card that is there stays, as the mixin has it
-        save_shared(self, save_directory, card=None if there else self.readme)
+        save_shared(self, save_directory, card=None if there else self.readme, calibrator=self.calibrator)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card it was given, or a short one."""
         name = str((self.architecture or {}).get("name"))
         short = (
-            "---\nlibrary_name: krdistill\npipeline_tag: image-classification\n---\n\n"
+            f"---\nlibrary_name: krdistill\npipeline_tag: {TASKS[self.kind]}\n---\n\n"
             f"A `{name}` with {self.parameter_count:,} parameters for {self.num_classes} classes. Nothing is told here "
             "of its data or its accuracy.\n"
         )
