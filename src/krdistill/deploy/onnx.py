@@ -203,10 +203,11 @@ def check_exportable(network: Network) -> None:
         ExportError: it asks a tokeniser or an encoder that no graph of operations holds.
     """
     if hasattr(network.backbone, "embeds") or network.takes_texts:
-        what = "cuts sentences up by a tokenizer" if network.takes_texts else "asks a sentence encoder"
+        texts = "takes sentences as texts, which no graph of operations does"
+        what = texts if network.takes_texts else "asks a sentence encoder that is no part of it"
         raise ExportError(
-            f"This network {what} that is no part of it, so no file for a device can hold it. Distil it into a student "
-            "such as ngram, and export that."
+            f"This network {what}, so no file for a device can hold it. Distil it into a student such as ngram, and "
+            "export that."
         )
 
 
