@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default 7)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of every measurement of a file (default 0.3)")
-    parser.add_argument("--epochs", type=int, default=12, help="of the students of accuracy (default 12)")
+    parser.add_argument("--epochs", type=int, default=20, help="of the students of accuracy (default 20)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default all)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--quick", action="store_true", help="one short round, one epoch: does it run?")
