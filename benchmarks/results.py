@@ -45,7 +45,11 @@ FIRST = (
     "compression",
     "design-lrd",
     "design-rrd",
+    "design-text",
+    "design-tau-text",
+    "design-tau-rows",
     "design-teachers",
+    "design-teachers-text",
     "ideas",
 )
 ALL, BALANCED, FEW = "last.top1", "last.balanced_accuracy", "last.groups.shot.few"
