@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from krdistill.reporting.study import clear, difference_cell, mean_cell, rare_metric
+from krdistill.reporting.study import clear, difference_cell, mean_cell, pareto_points, pareto_table, rare_metric
 from krdistill.reporting.tables import clean
 from krdistill.study.statistics import Difference, paired_difference, summarise
 
@@ -265,6 +265,10 @@ def study_words(name: str, results: Results, published: Mapping[str, Any]) -> st
     parts.append(f"{_text(question)} {len(states)} cells: {file}, {data}.{unfinished}".strip())
     parts.append(_ran(results))
     several = len(results["places"]) > 1
+    for entry in pareto_points(results):
+        title = ", ".join(_text(v) for v in (entry["data"], entry["teacher"]) if v)
+        parts += ["### Accuracy against size" + (f": {title}" if title else "")]
+        parts.append(_table(*pareto_table(entry), words=3))
     for place in results["places"]:
         parts += [f"### {place_title(place)}"] if several else []
         parts.append(place_setting(results, place))
