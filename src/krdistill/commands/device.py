@@ -16,7 +16,7 @@ from .shared import make_console
 def bench_device(model: Path, as_json: bool, save: bool) -> None:
     """Measure an exported file here: size, multiply-accumulates, memory, latency; torch is not needed.
 
-    One and two threads, one image and 32 at a time, through ONNX Runtime on the CPU, each in a process of its own.
+    One and two threads, one example and 32 at a time, through ONNX Runtime on the CPU, each in a process of its own.
     """
     import json
 
@@ -31,7 +31,7 @@ def bench_device(model: Path, as_json: bool, save: bool) -> None:
         click.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
     console = make_console()
-    macs = "not known (open shapes)" if found["macs"] is None else f"{found['macs'] / 1e6:,.2f} M per image"
+    macs = "not known (open shapes)" if found["macs"] is None else f"{found['macs'] / 1e6:,.2f} M each"
     facts = [
         ["file", f"{found['bytes'] / 1024:,.1f} KiB"],
         ["parameters", f"{found['parameters']:,}"],
@@ -47,4 +47,4 @@ def bench_device(model: Path, as_json: bool, save: bool) -> None:
         ]
         for r in found["runs"]
     ]  # fmt: skip
-    print_table(console, ["ONNX Runtime, CPU", "median", "95th percentile", "images/s", "peak memory"], rows)
+    print_table(console, ["ONNX Runtime, CPU", "median", "95th percentile", "per second", "peak memory"], rows)
