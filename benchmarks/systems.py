@@ -133,6 +133,30 @@ def condense(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, where(result, "condense", seeds)])
 
 
+def quantised(result: dict[str, Any]) -> str:
+    """What students lose as files, run by run, and how large the files are."""
+    runs = result["runs"]
+    names = [k for k in runs[0] if isinstance(runs[0][k], dict)]
+    groups = [g for g, v in runs[0][names[0]]["before"]["groups"].items() if v is not None]
+    rows = []
+    for name in names:
+        told = [[100 * (r[name]["after"]["top1"] - r[name]["before"]["top1"]) for r in runs]]
+        for g in groups:
+            told.append([100 * (r[name]["after"]["groups"][g] - r[name]["before"]["groups"][g]) for r in runs])
+        size = sum(r[name]["bytes"] for r in runs) / len(runs) / 1024
+        same = min(r[name]["agreement"] for r in runs)
+        cells = [", ".join(f"{v:+.2f}" for v in each) for each in told]
+        rows.append([name, f"{size:.1f}", f"{100 * same:.2f} %", *cells])
+    p, first = result["provenance"], runs[0]
+    words = (
+        f"Points of accuracy by which the file differs from PyTorch, one figure for every seed; size in KiB; the least "
+        f"share of test images that are answered alike. {first['model']} by {first['recipe']}, "
+        f"{first[names[0]]['images']:,} test images, commit `{p['git']}`: "
+        f"[quantised.json](../benchmarks/results/quantised.json)."
+    )
+    return f"{table(['file', 'KiB', 'same answer', 'all', *groups], rows)}\n\n{words}"
+
+
 def crash(result: dict[str, Any]) -> str:
     """What the kills met and what came of it."""
     met = ", ".join(f"{n} in `{stage}`" for stage, n in result["by_stage"].items())
@@ -159,6 +183,7 @@ PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "howto-calibrate": {"calibration": calibration},
     "howto-dlsa": {"dlsa-cifar100": dlsa("dlsa-cifar100"), "dlsa-tiny": dlsa("dlsa-tiny")},
     "howto-condense": {"condense": condense},
+    "howto-device": {"quantised": quantised},
     "reliability": {"crash": crash, "fuzz": fuzz},
 }
 

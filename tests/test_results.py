@@ -44,10 +44,10 @@ def test_committed_figures_are_what_the_performance_page_shows() -> None:
         assert not commit.endswith("-dirty"), f"{path.name}: measure from a committed state"
 
 
-@pytest.mark.parametrize("name", ["howto-calibrate", "howto-dlsa", "howto-condense", "reliability"])
+@pytest.mark.parametrize("name", ["howto-calibrate", "howto-dlsa", "howto-condense", "howto-device", "reliability"])
 def test_committed_figures_of_the_related_systems_are_what_their_pages_show(name: str) -> None:
     module = _script("systems")
-    assert set(module.PAGES) == {"howto-calibrate", "howto-dlsa", "howto-condense", "reliability"}
+    assert set(module.PAGES) == {"howto-calibrate", "howto-dlsa", "howto-condense", "howto-device", "reliability"}
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert module.updated(page, name) == page
 
