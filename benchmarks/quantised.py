@@ -26,7 +26,7 @@ from krdistill.models.network import load_network
 from krdistill.runfolder import CONFIG, PROVENANCE, environment
 from krdistill.stages import load_configured_data, measure
 
-KEPT = ("bytes", "images", "largest_difference", "agreement", "drop", "rarest_group", "before", "after")
+KEPT = ("bytes", "images", "largest_difference", "agreement", "drop", "before", "after")
 
 
 def exported(run: Path, place: Path) -> dict[str, Any]:
