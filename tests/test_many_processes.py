@@ -79,6 +79,15 @@ def test_a_finished_run_is_not_done_again_by_two(together: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in together.rglob("model.safetensors")}
 
 
+def test_two_processes_do_a_run_of_two_again(together: Path, tmp_path: Path) -> None:
+    again = [sys.executable, "-m", "krdistill", "rerun", str(together), "--out", str(tmp_path / "again")]
+    refused = subprocess.run(again, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+    assert refused.returncode == 2 and "torchrun --nproc-per-node 2" in " ".join(refused.stderr.split())
+    done = subprocess.run([*TWO, *again[1:]], capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("metrics, predictions and weights, bit for bit") == 1
+
+
 def test_what_the_first_refuses_is_said_once(together: Path, tmp_path: Path) -> None:
     done = _two(together, "--student.train.epochs", "3")
     assert done.returncode != 0
