@@ -327,7 +327,9 @@ def test_doubt_leaves_the_class_empty_and_the_probability_there(
 ) -> None:
     images = [_save(tmp_path / "a.png", 0), _save(tmp_path / "b.png", 255)]
     assert _call("predict", brightness_file(), *images, "--abstain-below", "0.6", "--top", "2") == 0
-    rows = _rows(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert err.strip() == "1 of 2 are less sure than 0.6, and left open."
+    rows = _rows(out)
     assert [r["class"] for r in rows] == ["", "light"]
     assert [float(r["probability"]) for r in rows] == [0.5, round(_light(255), 6)]
     assert rows[0]["class_2"] == "light"

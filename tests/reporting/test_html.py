@@ -170,6 +170,15 @@ def test_missing_files_leave_their_section_out(make_run: MakeRun, kept: str) -> 
     assert "student, krdistill" in made.text("comparison")
 
 
+def test_what_is_answered_where_the_student_must_be_sure(make_run: MakeRun) -> None:
+    run = make_run(baselines=[])
+    with np.load(run / "predictions.npz") as stored:
+        labels, guess, sure = (stored[k] for k in ("labels", "student.prediction", "student.confidence"))
+    answered = sure >= 0.5
+    want = f"0.5 {100 * answered.mean():.1f}%, right {100 * (guess == labels)[answered].mean():.1f}%"
+    assert want in page(run).text("reliability")
+
+
 def test_a_part_that_needs_two_files(lean_run: Path) -> None:
     (lean_run / "split.json").unlink()
     assert left_out(page(lean_run)) == {"classes", "teacher", "gain", "reliability", "training"}

@@ -52,11 +52,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a stream of predictions ended: images in all, how many failed, and the first of those in words."""
+    """How a stream of predictions ended: images in all, how many failed, the first of those in words, and how many
+    were left open for want of confidence."""
 
     images: int
     failed: int
     first: tuple[str, ...]
+    abstained: int = 0
 
 
 def predict(
@@ -137,7 +139,7 @@ def write_predictions(
     if form == "csv":
         more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
         rows.writerow([what, "class", "probability", *more, "error"])
-    count, failed = 0, 0
+    count, failed, abstained = 0, 0, 0
     first: list[str] = []
     for p in predictions:
         count += 1
@@ -146,6 +148,7 @@ def write_predictions(
             if len(first) < _SHOWN:
                 first.append(f"{p.path!r} ({p.error})")
         sure = bool(p.classes) and p.probabilities[0] >= abstain_below
+        abstained += bool(p.classes) and not sure
         if form == "jsonl":
             stream.write(json.dumps(_object(p, sure, what), ensure_ascii=False).translate(_ESCAPED) + "\n")
             continue
@@ -158,7 +161,7 @@ def write_predictions(
             ]
         cells = [_safe(p.path), *cells, _safe(p.error or "")]
         (quoted if any("\r" in cell for cell in cells) else rows).writerow(cells)
-    return Summary(count, failed, tuple(first))
+    return Summary(count, failed, tuple(first), abstained)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import parse_yaml, read_text
 from ..errors import ConfigError, MissingDependencyError, RunFolderError
+from ..evaluation.abstaining import coverage_table
 from ..files import read_arrays, read_json, write_text
 from ..kinds import noun_of
 from . import tables
@@ -166,6 +167,7 @@ def _content(files: RunFiles, title: str) -> dict[str, Any]:
         "class_rows": _class_rows(files, rows),
         "listed_classes": LISTED_CLASSES,
         "reliability": _panels(figures.reliability(rows, files.predictions)) if files.predictions else [],
+        "abstaining": _abstaining(files, student),
         "calibrations": _calibrations(files.calibration, rows),
         "devices": _devices(files),
         "confusions": [_confusion(r) for r in rows if r.metrics.get("group_confusion")],
@@ -175,6 +177,31 @@ def _content(files: RunFiles, title: str) -> dict[str, Any]:
         "config": _flat(files.config),
         "NA": NA,
     }
+
+
+def _abstaining(files: RunFiles, student: NetworkRow | None) -> dict[str, Any] | None:
+    """Headers and lines: what the student answers, and how rightly, where it must be sure."""
+    known = files.predictions or {}
+    if student is None or files.split is None or f"{student.key}.confidence" not in known:
+        return None
+    labels, split = known["labels"], files.split["groups"]
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(split["index"]):
+        return None
+    group = np.asarray(split["index"])[labels]
+    table = coverage_table(
+        known[f"{student.key}.confidence"].clip(0, 1),
+        known[f"{student.key}.prediction"] == labels,
+        groups={name: group == i for i, name in enumerate(split["names"])},
+    )
+    there = [name for name, found in table[0]["groups"].items() if found is not None]
+    lines = []
+    for row in table:
+        cells = [row, *(row["groups"][name] for name in there)]
+        words = [
+            f"{percent(c['coverage'])}, right {NA if c['accuracy'] is None else percent(c['accuracy'])}" for c in cells
+        ]
+        lines.append([f"{row['threshold']:g}", *words])
+    return {"headers": ["abstain below", "all", *there], "lines": lines}
 
 
 def _panels(drawn: Sequence[str]) -> list[Markup]:
