@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibrator
@@ -24,12 +23,8 @@ except ImportError as error:
         f"The Hugging Face layout needs the package {error.name}: pip install 'krdistill[hub]'."
     ) from None
 
-_FILES = (
-    CONFIG_NAME,
-    "model.safetensors",
-    README,
-    CALIBRATOR,
-)  # what is fetched: nothing that could be unpickled or run
+# What is fetched: nothing that could be unpickled or run.
+_FILES = (CONFIG_NAME, "model.safetensors", README, CALIBRATOR)
 
 
 class HubNetwork(Network, ModelHubMixin):
@@ -72,8 +67,7 @@ class HubNetwork(Network, ModelHubMixin):
         out = super().forward(images, maps=maps)
         if not self.calibrated or self.calibrator is None:
             return out
-        p = self.calibrator(out.logits).to(out.logits.dtype)
-        return out._replace(logits=p.clamp_min(torch.finfo(p.dtype).tiny).log())
+        return out._replace(logits=self.calibrator.log_probabilities(out.logits).to(out.logits.dtype))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
