@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 SETS = {
-    "cifar100-lt": "CIFAR-100-LT, imbalance factor 100",
+    "cifar100-lt": "CIFAR-100-LT, imbalance factor 100, at most 200 images of a class, 16 x 16",
     "banking77-lt": "Banking77-LT, imbalance factor 50",
     "cifar": "Ten classes of CIFAR-100-LT, imbalance factor 100",
     "digits": "Handwritten digits, imbalance factor 50",
@@ -104,7 +104,8 @@ def dlsa(name: str) -> Callable[[dict[str, Any]], str]:
             ratios = " / ".join(f"{there[k]['mean']:.1f}" for k in ("ratio_staying", "ratio_left"))
             divided.append([words, f"{before['undivided']['mean']:.1f}", ratios])
         spread = table(["balance of the clusters", "before fitting", "after"], divided)
-        return f"{accuracy}\n\n{spread}\n\n{where(result, name, len(result['seeds']))}"
+        chosen = f"Chosen on: {next(iter(result['seeds'].values()))['val']}."
+        return f"{accuracy}\n\n{spread}\n\n{chosen} {where(result, name, len(result['seeds']))}"
 
     return write
 
