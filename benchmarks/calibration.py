@@ -2,9 +2,8 @@
 
     python benchmarks/calibration.py [--sets cifar100-lt,banking77-lt] [--seeds N] [--runs FOLDER] [--json PATH]
 
-A fifth of every class is put aside for validation. ``cifar100-lt``: imbalance factor 100, at most 200 images of a
-class, 16x16 pixels; ResNet-20 teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs
-each. ``banking77-lt``: imbalance factor 50, questions to a bank; a frozen MiniLM encoder teaches a bag of n-grams.
+A fifth of every class is put aside for validation. ``cifar100-lt``: imbalance factor 100, 16x16 pixels; ResNet-20
+teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs each. ``banking77-lt``: imbalance factor 50, questions to a bank; a frozen MiniLM encoder teaches a bag of n-grams.
 Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which
 the test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
 
@@ -45,7 +44,6 @@ from krdistill.runfolder import METRICS, environment
 SETS: dict[str, list[tuple[str, str]]] = {
     "cifar100-lt": [
         ("data.image_size", "16"),
-        ("data.n_max", "200"),
         ("train.epochs", "20"),
         ("train.evaluate_every", "20"),
         ("train.compile", "none"),
