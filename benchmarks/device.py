@@ -12,7 +12,8 @@ have random weights. Parts:
 ``size``      bytes of every file, and of the float32 weights alone, the least that any float32 file could have
 ``accuracy``  what int8 costs: small students trained here (scikit-learn's digits, and Banking77 where
               ``$KRDISTILL_DATA`` has it), before and after, over all and for the rarest group
-``install``   bytes of ``krdistill[runtime]`` and all it needs, from the package index, and a prediction with that alone
+``install``   bytes of ``krdistill[runtime]`` and all it needs, from the package index, with the bytecode that pip
+              writes unless told ``--no-compile`` and without; and a prediction with that alone
 
 Files take turns, round by round; ratios are taken within a round, then their median and quartiles over the rounds.
 """
@@ -280,9 +281,10 @@ def show(found: Mapping[str, Any]) -> None:
     if "install" in found:
         own = found["install"]
         words = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in own["largest"].items())
+        bare = (own["bytes"] - own["bytecode"]) / 1e6
         print(
-            f"krdistill[runtime]: {own['bytes'] / 1e6:.1f} MB, {own['bytecode'] / 1e6:.1f} of them bytecode "
-            f"(bar {BARS['install_bytes'] / 1e6:g}): {words}"
+            f"krdistill[runtime]: {bare:.1f} MB (bar {BARS['install_bytes'] / 1e6:g}), "
+            f"with the bytecode that pip writes {own['bytes'] / 1e6:.1f}: {words}"
         )
 
 

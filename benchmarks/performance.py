@@ -165,7 +165,7 @@ def device(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     own = result["install"]
     parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in own["largest"].items())
-    whole, compiled = (f"{own[key] / 1e6:.1f} MB" for key in ("bytes", "bytecode"))
+    bare, whole = (f"{n / 1e6:.1f} MB" for n in (own["bytes"] - own["bytecode"], own["bytes"]))
     return "\n\n".join(
         [
             "Milliseconds of a batch in ONNX Runtime, median / 95th percentile:",
@@ -180,9 +180,9 @@ def device(result: dict[str, Any]) -> str:
             ),
             "What int8 costs, accuracy in percent before and after:",
             _table(["", "data", "test part", "all", "balanced", "rarest group"], kept),
-            f"`krdistill[runtime]` and all it needs take {whole}, {compiled} of them bytecode (bar "
-            f"{bars['install_bytes'] / 1e6:g} MB); the largest parts, in MB: {parts}. torch is "
-            f"{'among' if own['torch'] else 'not among'} them.",
+            f"`krdistill[runtime]` and all it needs take {bare} (bar {bars['install_bytes'] / 1e6:g} MB), or {whole} "
+            "with the bytecode that pip writes of every module unless it is told `--no-compile`; the largest parts with it, "
+            f"in MB: {parts}. torch is {'among' if own['torch'] else 'not among'} them.",
             _where(result, "device"),
         ]
     )

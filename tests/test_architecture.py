@@ -93,6 +93,17 @@ def test_light_commands_do_not_import_torch(command: list[str]) -> None:
     assert done.stdout
 
 
+@pytest.mark.parametrize("command", [["list"], ["run", "digits-lt"], ["compare", "study.yaml"]])
+def test_on_a_device_without_the_other_packages_commands_name_what_installs_them(command: list[str]) -> None:
+    code = (
+        "import sys\nfor name in ('rich', 'pydantic', 'yaml', 'torch', 'onnx'):\n    sys.modules[name] = None\n"
+        f"from krdistill.cli import main\nmain({command!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error  ") and "pip install 'krdistill[train" in done.stderr
+
+
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
         "import sys, krdistill; assert 'torch' not in sys.modules; krdistill.ClassPrior; assert 'torch' in sys.modules"

@@ -28,7 +28,7 @@ from .commands import (
     run,
     share,
 )
-from .commands.shared import Commands, print_error
+from .commands.shared import Commands, missing_package, print_error
 from .errors import KrdistillError
 
 _EXIT_USER_ERROR = 2
@@ -73,6 +73,10 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KrdistillError as error:
         _fail(str(error), _EXIT_USER_ERROR)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == __package__:
+            raise  # our own: a defect
+        _fail(missing_package(error), _EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _fail("Stopped. The same command goes on from the last checkpoint.", 130)
 

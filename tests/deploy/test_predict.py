@@ -37,6 +37,9 @@ BLOCKED = (
     "onnxscript",
     "torchmetrics",
     "safetensors",
+    "rich",
+    "pydantic",
+    "yaml",
 )
 
 

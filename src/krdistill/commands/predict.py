@@ -77,10 +77,8 @@ def predict(
     except OSError as error:
         raise ConfigError(f"The predictions cannot be written to {out or 'standard output'}: {error}.") from None
     if abstain_below > 0:
-        from ..console import PlainConsole
-
         words = f"{summary.abstained:,} of {summary.images:,} are less sure than {abstain_below:g}, and left open."
-        PlainConsole(stderr=True, highlight=False, soft_wrap=True).print(words, markup=False)
+        click.echo(words, err=True)
     if summary.failed:
         more = f" and {summary.failed - len(summary.first):,} more" if summary.failed > len(summary.first) else ""
         print_error(f"{summary.failed:,} of {summary.images:,} could not be read: {', '.join(summary.first)}{more}")

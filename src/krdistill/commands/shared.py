@@ -59,17 +59,20 @@ def needs_packages() -> Iterator[None]:
     except KrdistillError:
         raise
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"This command needs the package {error.name!r}: pip install 'krdistill[train,onnx]'."
-        ) from None
+        raise MissingDependencyError(missing_package(error)) from None
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install where a package is not there."""
+    return f"This command needs the package {error.name!r}: pip install 'krdistill[train,onnx]'."
 
 
 def print_error(message: str) -> None:
-    from rich.markup import escape
+    """A red word and the message on standard error. No package besides click: a device has no other."""
+    from ..reporting.tables import clean
 
-    from ..console import PlainConsole
-
-    PlainConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/bold red]  {escape(message)}")
+    lines = "\n".join(map(clean, message.split("\n")))
+    click.echo(f"{click.style('error', fg='red', bold=True)}  {lines}", err=True)
 
 
 def print_metrics(console: Console, metrics: dict[str, Any]) -> None:
