@@ -4,7 +4,8 @@
 
 A fifth of every class is put aside for validation. ``cifar100-lt``: imbalance factor 100, 16x16 pixels; ResNet-20
 teaches ResNet-8 by krdistill, beside a ResNet-8 that learns from labels alone; 20 epochs each. ``banking77-lt``:
-imbalance factor 50, questions to a bank; a frozen MiniLM encoder teaches a bag of n-grams. Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which
+imbalance factor 50, questions to a bank; a frozen MiniLM encoder teaches a bag of n-grams.
+Every network is calibrated by every method. Beside them stands what no method may know, the temperature under which
 the test labels are likeliest (``oracle``); and head-to-tail calibration with other alphas than the paper's.
 
 On sentences, which have one view, students are taught by the teacher's calibrated answers too (``taught``): by kd, and

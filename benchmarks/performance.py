@@ -181,8 +181,8 @@ def device(result: dict[str, Any]) -> str:
             "What int8 costs, accuracy in percent before and after:",
             _table(["", "data", "test part", "all", "balanced", "rarest group"], kept),
             f"`krdistill[runtime]` and all it needs take {bare} (bar {bars['install_bytes'] / 1e6:g} MB), or {whole} "
-            "with the bytecode that pip writes of every module unless it is told `--no-compile`; the largest parts with it, "
-            f"in MB: {parts}. torch is {'among' if own['torch'] else 'not among'} them.",
+            "with the bytecode that pip writes of every module unless it is told `--no-compile`; the largest "
+            f"parts with it, in MB: {parts}. torch is {'among' if own['torch'] else 'not among'} them.",
             _where(result, "device"),
         ]
     )
