@@ -23,7 +23,7 @@ FLOORS = [
     {"bank"},
     {"training", "reporting", "deploy"},
     {"runfolder", "stages"},
-    {"pipeline", "distiller", "calibrating", "answering", "reproduction"},
+    {"pipeline", "distiller", "calibrating", "answering", "costing", "reproduction"},
     {"study", "condense", "sharing"},
     {"console"},
     {"commands"},

@@ -37,7 +37,16 @@ from krdistill.reporting.study import (
     study_html,
     study_markdown,
 )
-from krdistill.study import LocalExecutor, RayExecutor, StudyFolder, collect, plan_study, read_study, run_study
+from krdistill.study import (
+    LocalExecutor,
+    RayExecutor,
+    StudyFolder,
+    collect,
+    measure_students,
+    plan_study,
+    read_study,
+    run_study,
+)
 from krdistill.study.execution import job_of
 from krdistill.study.plan import Item, StudyPlan
 from krdistill.study.results import flatten, summary_rows
@@ -605,6 +614,36 @@ def test_pareto_front_by_hand() -> None:
     headers, rows = pareto_table(entry)
     assert rows[1][headers.index("compression")] == "10.0x" and rows[1][-1] == "all, few"
     assert pareto_points({"places": [small]}) == []
+
+
+def test_what_the_students_of_the_pairs_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pairs = {"wide": {"student.model": "resnet8w16"}, "narrow": {"student.model": "resnet8w8"}}
+    plan, folder = _plan(tmp_path, pairs=pairs, seeds=[0], methods=["kd"]), StudyFolder(tmp_path / "out")
+    status = run_study(plan, folder, Here())
+    assert set(status.states.values()) == {"done"}, status.failures
+    assert collect(plan, folder)["places"][0]["device"] is None
+    said: list[str] = []
+    found = measure_students(plan, folder, seconds=0.01, on_step=said.append)
+    assert list(found) == ["-/wide/-", "-/narrow/-"] and len(said) == 4
+    assert found["-/wide/-"]["macs"] > found["-/narrow/-"]["macs"] > 0
+    measure_students(plan, folder, on_step=said.append)
+    assert len(said) == 4  # known
+    results = collect(plan, folder)
+    [entry] = pareto_points(results)
+    by_pair = {p["pair"]: p for p in entry["points"]}
+    for pair, point in by_pair.items():
+        assert (point["macs"], point["milliseconds"]) == tuple(found[f"-/{pair}/-"][k] for k in ("macs", "median_ms"))
+    headers, rows = pareto_table(entry)
+    assert rows[0][headers.index("ms")] == f"{found['-/narrow/-']['median_ms']:.3f}"
+    page = study_html(results)
+    assert "milliseconds an example of the student" in page and "MACs of the student" in page
+    (folder.path / "devices.json").write_text("[", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="damaged"):
+        collect(plan, folder)
+    (folder.path / "devices.json").unlink()
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "krdistill[onnx]" in measure_students(plan, folder)["-/wide/-"]["left_out"]
 
 
 def test_the_rarest_classes_are_those_that_there_are() -> None:

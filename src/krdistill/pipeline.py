@@ -37,10 +37,10 @@ from .data.augment import Augmentation, augmentation_of
 from .data.augment_names import OF_KIND
 from .distributed import World, barrier, first_then_all, same_everywhere
 from .errors import ArgumentError, ConfigError, ModelError, RunFolderError, unknown_name
-from .evaluation import diagnose_teacher, evaluate_predictions, prediction_record
+from .evaluation import diagnose_teacher, evaluate_predictions, multiply_accumulates, prediction_record
 from .events import Events
 from .files import DiskError, check_unpacked, read_json, replacing, sha256
-from .kinds import NOUNS
+from .kinds import NOUNS, encode_texts
 from .models.experts import Experts
 from .models.network import (
     Network,
@@ -775,6 +775,7 @@ def _evaluation_stage(
             "model": done.get("model"),
             "recipe": done.get("recipe"),
             "parameters": network.parameter_count if network is not None else None,
+            "macs": _macs(network),
             "split": "test",
             "selection": "last",
             "epochs": done.get("epochs"),
@@ -817,6 +818,14 @@ def _evaluation_stage(
                 np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
         folder.write_json(METRICS, metrics)
     return metrics
+
+
+def _macs(network: Network | None) -> int | None:
+    """Multiply-accumulates of one example; of a sentence of 64 letters, as ``krdistill bench-device`` measures."""
+    if network is None:
+        return None
+    rows = encode_texts([("tail " * 13)[:64]]) if network.kind == "text" else network.example_inputs()
+    return multiply_accumulates(network, torch.as_tensor(rows).to(next(network.buffers()).device))
 
 
 def _export_stage(folder: RunFolder, plan: Plan, events: Events) -> None:

@@ -323,7 +323,7 @@ def test_exports_and_what_they_cost_are_shown(lean_run: Path) -> None:
     made = Page(write_report(lean_run).read_text(encoding="utf-8"))
     text = " ".join(made.text("device").split())
     assert "student-<b>int8.onnx int8 2 KiB 75.0% 74.0% 50.0% 45.0% 1.2e-01 98.5%" in text
-    assert "student.onnx a processor 1.5k 2.5M 1 32 1.500 ms 2.250 ms 3.0 MiB" in text
+    assert "student.onnx a processor 4 KiB 1.5k 2.5M 1 32 1.500 ms 2.250 ms 3.0 MiB" in text
 
 
 def test_damaged_records_of_exports_are_told(lean_run: Path) -> None:

@@ -40,7 +40,7 @@ def compare(
     if address is not None and executor != "ray":
         raise ConfigError("--address is for --executor ray.")
     with needs_packages():
-        from ..study import StudyFolder, collect, plan_study, read_study, run_study
+        from ..study import StudyFolder, collect, measure_students, plan_study, read_study, run_study
     config = read_study(study, jobs=jobs, threads=threads)
     plan = plan_study(config)
     folder = StudyFolder(out if out is not None else Path("studies") / config.name)
@@ -54,6 +54,8 @@ def compare(
     except KeyboardInterrupt:
         folder.write_results(collect(plan, folder))
         raise
+    with console.status("measuring the students") as shown:
+        measure_students(plan, folder, on_step=shown.update)
     results = collect(plan, folder)
     folder.write_results(results)
     if not console.is_terminal:

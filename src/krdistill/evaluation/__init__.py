@@ -2,6 +2,7 @@
 
 from .abstaining import coverage_table
 from .calibration import evaluate_calibration
+from .cost import multiply_accumulates
 from .diagnosis import diagnose_teacher
 from .metrics import confusion_matrix, evaluate_predictions, prediction_record, reliability_curve
 
@@ -11,6 +12,7 @@ __all__ = [
     "diagnose_teacher",
     "evaluate_calibration",
     "evaluate_predictions",
+    "multiply_accumulates",
     "prediction_record",
     "reliability_curve",
 ]

@@ -153,7 +153,7 @@ def model_info(name: str) -> ModelInfo:
         return _wide_resnet(f"wrn_{depth}_{widen}", _blocks(name, depth, 4), widen)
     if re.fullmatch(r"mlp[1-9][0-9]*(_[1-9][0-9]*)*", key):
         return _mlp(tuple(int(width) for width in key.removeprefix("mlp").split("_")))
-    known = (info.name for kind in ("image", "features", "text") for info in list_models(kind))
+    known = dict.fromkeys(info.name for kind in ("image", "features", "text") for info in list_models(kind))
     raise ModelError(unknown_name("network", name.lower(), known, hint=_HINT))
 
 

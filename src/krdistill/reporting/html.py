@@ -31,6 +31,7 @@ except ImportError as error:
     ) from None
 
 REPORT = "report.html"
+COSTS = "device.json"  # what bench-device --save leaves in a run's folder
 MEASURED = ".device.json"  # what bench-device --save adds to a file's name
 _PARTS = (("train", "training"), ("val", "validation"), ("test", "test"))
 LISTED_CLASSES = 2000  # more classes than this are not listed one by one; metrics.json holds them
@@ -102,7 +103,7 @@ def read_run(run_dir: Path) -> RunFiles:
         calibration=_calibration(run_dir / "calibration.json", split),
         log=_log(run_dir / "log.jsonl"),
         exports=_named(run_dir / "exports", ".json"),
-        measured={**_named(run_dir, MEASURED), **_named(run_dir / "exports", MEASURED)},
+        measured={**_costs(run_dir), **_named(run_dir, MEASURED), **_named(run_dir / "exports", MEASURED)},
     )
     if split is not None:
         K = len(split["class_names"])
@@ -297,9 +298,9 @@ def _devices(files: RunFiles) -> list[tuple[list[str], list[list[str]]]]:
             for e in files.exports.values()
         ]  # fmt: skip
         measured = [
-            [m["file"], m["processor"], tables.count(m["parameters"]), tables.count(m["macs"]),
-             f"{r['threads']}", f"{r['batch']}", f"{r['median_ms']:.3f} ms", f"{r['p95_ms']:.3f} ms",
-             f"{r['peak_bytes'] / 2**20:,.1f} MiB"]
+            [m["file"], m["processor"], f"{m['bytes'] / 1024:,.0f} KiB", tables.count(m["parameters"]),
+             tables.count(m["macs"]), f"{r['threads']}", f"{r['batch']}", f"{r['median_ms']:.3f} ms",
+             f"{r['p95_ms']:.3f} ms", f"{r['peak_bytes'] / 2**20:,.1f} MiB"]
             for m in files.measured.values() for r in m["runs"]
         ]  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -307,10 +308,19 @@ def _devices(files: RunFiles) -> list[tuple[list[str], list[list[str]]]]:
     made = [
         (["file", "precision", "size", "all, before", "all, after", "rarest group, before", "rarest group, after",
           "largest difference", "same class"], exported),
-        (["file", "processor", "parameters", "multiply-accumulates", "threads", "batch", "median", "95th percentile",
+        (["file", "processor", "size", "parameters", "MACs", "threads", "batch", "median", "95th percentile",
           "peak memory"], measured),
     ]  # fmt: skip
     return [(header, lines) for header, lines in made if lines]
+
+
+def _costs(run: Path) -> dict[str, Any]:
+    """What ``bench-device --save`` found of a run's networks, by file."""
+    found = _read(run / COSTS)
+    try:
+        return {} if found is None else {f"{COSTS}: {m['file']}": m for m in found["files"]}
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{run / COSTS} is damaged ({error!r}). Measure it again.") from None
 
 
 def _named(folder: Path, ending: str) -> dict[str, Any]:

@@ -185,6 +185,9 @@ _PARTS = (("train", "training"), ("val", "validation"), ("test", "test"))
 # Compression ----------------------------------------------------------------------------------------------------------
 
 
+_SIZES = {"parameters": "parameters", "macs": "MACs", "milliseconds": "milliseconds an example"}
+
+
 def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Accuracy against size, where a study's pairs differ in the student.
 
@@ -194,9 +197,9 @@ def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     Returns:
         One entry per data set and kind of teacher with students of several sizes: ``data``, ``teacher``, ``rare`` (the
         metric of the rarest classes) and ``points``: ``pair``, ``method``, ``model``, ``parameters``, ``macs``,
-        ``ratio`` (the teacher's parameters over the student's), ``all`` and ``few`` (summaries) and ``front``: for each
-        of the pairs ``"all parameters"``, ``"few macs"`` ... whether no other point is as small and better, or as good
-        and smaller.
+        ``milliseconds`` (of one example as an ONNX file, one thread), ``ratio`` (the teacher's parameters over the
+        student's), ``all`` and ``few`` (summaries) and ``front``: for each of the pairs ``"all parameters"``,
+        ``"few macs"`` ... whether no other point is as small and better, or as good and smaller.
     """
     groups: dict[tuple[str, str], list[Place]] = {}
     for place in results["places"]:
@@ -214,6 +217,7 @@ def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     {
                         "pair": place["pair"], "method": row["method"], "model": row["model"],
                         "parameters": row["parameters"], "macs": row["macs"],
+                        "milliseconds": (place.get("device") or {}).get("median_ms"),
                         "ratio": size / row["parameters"] if size else None,
                         "all": row["metrics"].get("last.top1"), "few": row["metrics"].get(rare) if rare else None,
                     }
@@ -222,9 +226,7 @@ def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         for point in points:
             point["front"] = {
-                f"{what} {size}": _on_front(point, points, what, size)
-                for what in ("all", "few")
-                for size in ("parameters", "macs")
+                f"{what} {size}": _on_front(point, points, what, size) for what in ("all", "few") for size in _SIZES
             }
         noun = noun_of(next((place["split"] for place in places if place["split"]), None))
         found.append({"data": data, "teacher": teacher, "rare": rare, "points": points, "noun": noun})
@@ -249,14 +251,15 @@ def pareto_table(entry: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             if p["front"][key]
         ]
         ratio = NA if p["ratio"] is None else f"{p['ratio']:.1f}x"
+        time = NA if p["milliseconds"] is None else f"{p['milliseconds']:.3f}"
         rows.append(
             [
-                *map(clean, (p["pair"], p["model"], p["method"])), count(p["parameters"]), count(p["macs"]), ratio,
-                mean_cell(p["all"]), mean_cell(p["few"]), ", ".join(marks) or "-",
+                *map(clean, (p["pair"], p["model"], p["method"])), count(p["parameters"]), count(p["macs"]), time,
+                ratio, mean_cell(p["all"]), mean_cell(p["few"]), ", ".join(marks) or "-",
             ]
         )  # fmt: skip
-    headers = ["pair", "student", "method", "parameters", "MACs", "compression", "all", group_header(entry["rare"])]
-    return [*headers, "on the front of"], rows
+    sizes = ["parameters", "MACs", "ms", "compression"]
+    return ["pair", "student", "method", *sizes, "all", group_header(entry["rare"]), "on the front of"], rows
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ def pareto_plot(entry: Mapping[str, Any], what: str, size: str, name: str) -> st
     Args:
         entry: of :func:`pareto_points`.
         what: ``all`` or ``few``.
-        size: ``parameters`` or ``macs``.
+        size: ``parameters``, ``macs`` or ``milliseconds``.
         name: of the figure within its page.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
@@ -349,7 +352,7 @@ def pareto_plot(entry: Mapping[str, Any], what: str, size: str, name: str) -> st
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set(xlabel=f"{'MACs' if size == 'macs' else size} of the student (log scale)", ylabel="accuracy")
+        axes.set(xlabel=f"{_SIZES[size]} of the student (log scale)", ylabel="accuracy")
         axes.set_title(words)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.2)
     return done()
@@ -466,7 +469,7 @@ def study_html(results: Mapping[str, Any]) -> str:
         )
     fronts = []
     for i, entry in enumerate(pareto_points(results)):
-        sizes = ["parameters", *(["macs"] if all(p["macs"] for p in entry["points"]) else [])]
+        sizes = [size for size in _SIZES if all(p[size] for p in entry["points"])]
         kinds = [(w, s) for s in sizes for w in ("all", "few") if any(p[w] and p[w]["n"] for p in entry["points"])]
         fronts.append(
             {

@@ -111,6 +111,11 @@ def comparison_columns(rows: Sequence[NetworkRow], noun: str = "images") -> list
     made.append(column("ECE", "expected calibration error", [r.metrics.get("ece") for r in rows], "low"))
     sizes = [r.metrics.get("parameters") for r in rows]
     made.append(Column("params", "parameters", tuple(count(s) for s in sizes), tuple(sizes), None))
+    work = [r.metrics.get("macs") for r in rows]
+    if any(work):
+        made.append(
+            Column("MACs", "multiply-accumulates of one example", tuple(count(m) for m in work), tuple(work), None)
+        )
     bests = [r.metrics.get("best") for r in rows]
     parts = {chosen_on(r.metrics) for r in rows if r.metrics.get("best")}
     shared = parts.pop() if len(parts) == 1 else None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .devices import measure_students
 from .execution import Executor, LocalExecutor, RayExecutor
 from .plan import Cell, Item, StudyConfig, StudyPlan, plan_study, read_study
 from .results import collect
@@ -24,6 +25,7 @@ __all__ = [
     "StudyFolder",
     "StudyPlan",
     "collect",
+    "measure_students",
     "plan_study",
     "read_study",
     "run_study",

@@ -123,7 +123,7 @@ def collect(plan: StudyPlan, folder: StudyFolder) -> dict[str, Any]:
                 "message": failure["message"] if failure and not result else None, "result": result,
             }
         )  # fmt: skip
-    places = []
+    places, devices = [], folder.devices()
     for place in plan.places:
         here = [c for c in cells if (c["data"], c["pair"], c["teacher"]) == place]
         places.append(
@@ -133,6 +133,7 @@ def collect(plan: StudyPlan, folder: StudyFolder) -> dict[str, Any]:
                 "rows": summary_rows(here, [m.key for m in study.methods], study.reference, seeds),
                 "teachers": teacher_rows(here, teachers, [m.key for m in study.methods]),
                 "notes": _notes(here),
+                "device": devices.get("/".join(v or "-" for v in place)),
             }
         )  # fmt: skip
     return {

@@ -15,6 +15,7 @@ from .plan import Item, StudyPlan
 
 BANKS = "banks"
 INDEX, RESULT, RESULTS, PAGE, REPORT = "study.json", "result.json", "results.json", "results.md", "results.html"
+DEVICES = "devices.json"
 
 
 class StudyFolder:
@@ -25,6 +26,7 @@ class StudyFolder:
     | ``study.json`` | the study file as it was last run; every cell the folder holds, with its configuration |
     | ``teachers/<name>/``, ``cells/<name>/`` | run folders, ``result.json`` in them once they are finished |
     | ``banks/`` | the teachers' stored answers, shared by their cells |
+    | ``devices.json`` | what the students of the pairs cost where they run |
     | ``failures/``, ``logs/`` | by item: what went wrong, what its process printed |
     | ``results.json``, ``results.md``, ``results.html`` | every cell and what they come to |
 
@@ -108,6 +110,17 @@ class StudyFolder:
 
     def failed(self, items: Sequence[Item]) -> list[Item]:
         return [item for item in items if self._failure(item.key).is_file()]
+
+    def devices(self) -> dict[str, Any]:
+        """What the students cost where they run, as far as it was measured."""
+        path = self.path / DEVICES
+        try:
+            return dict(read_json(path)) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise RunFolderError(f"{path} is damaged ({error}). Delete it and run the study again.") from None
+
+    def write_devices(self, found: dict[str, Any]) -> None:
+        write_json(self.path / DEVICES, found)
 
     def drop_banks(self) -> None:
         """Frees the disk of stored answers that nobody asked for and nobody needs any more."""
