@@ -46,11 +46,11 @@ FIRST = (
     "design-lrd",
     "design-rrd",
     "design-text",
+    "design-tau",
     "design-tau-text",
     "design-tau-rows",
     "design-teachers",
     "design-teachers-text",
-    "ideas",
 )
 ALL, BALANCED, FEW = "last.top1", "last.balanced_accuracy", "last.groups.shot.few"
 COLUMNS = (
