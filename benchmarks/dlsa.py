@@ -1,7 +1,7 @@
 """What dividing the label space (DLSA) is worth on frozen features, beside other heads on the same features.
 
     python benchmarks/dlsa.py [--preset NAME] [--set key value ...] [--seeds N] [--json PATH]
-    python benchmarks/dlsa.py --run FOLDER [FOLDER ...] [--json PATH]
+    python benchmarks/dlsa.py --run FOLDER [FOLDER ...] [--taught FOLDER] [--json PATH]
 
 A ResNet-20 learns CIFAR-100-LT (imbalance factor 100, 16x16 pixels, 20 epochs) from labels alone, a fifth of every
 class put aside for validation. On its features stand: its own linear head, cRT, LWS, tau-normalisation, a balanced
@@ -17,7 +17,12 @@ the first group come upon one of the last among those that stay and among those 
 
 ``--run`` takes trained networks, one per seed, from the ``teacher`` (or ``student``) part of run folders. Where such a
 run has no validation part, a fifth of every class's training rows is kept from the heads; the network has seen them, so
-what is chosen on them is too sure of the features. The file is written from a clean source tree alone.
+what is chosen on them is too sure of the features.
+
+``--taught`` trains a student of every run by stored answers of three heads on its teacher's features (its own, balanced
+softmax, DLSA of depth 1) and keeps the runs there: krdistill-lrd, which removes the class prior from its own head's
+answers; in the others' there is none. Answers are to the images as they are, so all three stand behind a teacher that
+is asked about every view. The file is written from a clean source tree alone.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +47,7 @@ from krdistill.dlsa.flow import MixtureFlow, assign
 from krdistill.dlsa.head import balanced_accuracy
 from krdistill.evaluation import evaluate_predictions
 from krdistill.models.network import Network, load_network
+from krdistill.pipeline import prepare, run
 from krdistill.priors import ClassGroups
 from krdistill.rng import derive_seed
 from krdistill.runfolder import environment
@@ -99,8 +106,8 @@ def division(flow: MixtureFlow, rows: tuple[Tensor, Tensor], groups: ClassGroups
 
 def measure_heads(
     own: nn.Linear, rows: Mapping[str, tuple[Tensor, Tensor]], groups: ClassGroups, names: tuple[str, ...], seed: int
-) -> dict[str, Any]:
-    """Every head on one network's features."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every head on one network's features, and the heads that teach."""
     (f, y), val, test = rows["fit"], rows["val"], rows["test"]
     K = len(names)
     made: dict[str, Any] = {}
@@ -120,10 +127,10 @@ def measure_heads(
     def best(candidates: list[dict[str, Any]]) -> dict[str, Any]:
         return max(candidates, key=lambda c: c["val"])
 
-    candidates = []
+    candidates, heads = [], {}
     for decay in WEIGHT_DECAYS:
-        head, _ = fit_head("balanced-softmax", own, f, y, K, weight_decay=decay, max_steps=STEPS)
-        candidates.append(judge(head, weight_decay=decay))
+        heads[decay], _ = fit_head("balanced-softmax", own, f, y, K, weight_decay=decay, max_steps=STEPS)
+        candidates.append(judge(heads[decay], weight_decay=decay))
     made["balanced-softmax"] = best(candidates)
     decay = made["balanced-softmax"]["chosen"]["weight_decay"]
     fitted: dict[tuple[int, int], DLSAHead] = {}
@@ -160,7 +167,35 @@ def measure_heads(
             "after": division(after, rows[part], groups, K),
             "divided": {"stays": float(stays.double().mean()), "ratio_staying": ratios[0], "ratio_left": ratios[1]},
         }
-    return {"heads": made, "balance": balance, "rows": {n: len(r[1]) for n, r in rows.items()}}
+    teaching = {"own": own, "balanced-softmax": heads[decay], "dlsa, depth 1": fitted[1, M]}
+    return {"heads": made, "balance": balance, "rows": {n: len(r[1]) for n, r in rows.items()}}, teaching
+
+
+def teach(
+    source: Path, teaching: Mapping[str, Any], data: DataBundle, network: Network, place: Path
+) -> dict[str, dict[str, float]]:
+    """Accuracies of students of a run's data that learn from the answers of heads: head to group."""
+    parts = [part for part in (data.train, data.val, data.test) if part is not None and len(part)]
+    features = torch.cat([collect_outputs(network, part, device=CPU)[1] for part in parts])
+    ids = [i for part in parts for i in part.ids]
+    taught = {}
+    for name, head in teaching.items():
+        where = place / source.name / name.replace(", ", "-").replace(" ", "-")
+        where.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            logits = head(features)
+        stored = {"ids": np.array(ids), "logits": logits.numpy(), "features": features.numpy()}
+        np.savez(where / "answers.npz", class_names=np.array(data.train.class_names), **stored)
+        given = [
+            ("teacher.answers", str(where / "answers.npz")), ("bank.views", "0"), ("baselines", "[]"),
+            ("recipe", "krdistill-lrd"), ("recipe.prior", "label" if name == "own" else "none"),
+            ("export.onnx", "false"),
+        ]  # fmt: skip
+        config = load_config(str(source / "config.yaml"), given)
+        student = run(prepare(config), where / "run", report=False)["student"]
+        groups = {n: g["accuracy"] for n, g in student["groups"].items() if g is not None and g["classes"]}
+        taught[name] = {"all": student["top1"], **groups}
+    return taught
 
 
 def trained(folder: Path) -> tuple[RunConfig, Network]:
@@ -191,7 +226,13 @@ def summarise(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
         for part in ("fit", "test")
     }
-    return {"heads": heads, "balance": balance}
+    if "taught" not in found[0]:
+        return {"heads": heads, "balance": balance}
+    taught = {
+        name: {k: spread([s["taught"][name][k] for s in found]) for k in row}
+        for name, row in found[0]["taught"].items()
+    }
+    return {"heads": heads, "balance": balance, "taught": taught}
 
 
 def main() -> None:
@@ -200,8 +241,11 @@ def main() -> None:
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="override")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="networks that are trained")
+    parser.add_argument("--taught", type=Path, metavar="FOLDER", help="train a student by heads of every run, there")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
+    if arguments.taught is not None and not arguments.run:
+        parser.error("--taught needs the runs whose data its students learn: --run FOLDER [FOLDER ...]")
     provenance = environment(CPU)
     if arguments.json and str(provenance["git"] or "").endswith("-dirty"):
         parser.error("the source has changes that no commit holds; commit them first, or leave --json out")
@@ -222,7 +266,11 @@ def main() -> None:
         if type(own) is not nn.Linear:
             parser.error(f"expected a network with a plain linear head, got {type(own).__name__}")
         rows, val = part_rows(data, network)
-        seeds[str(seed)] = {"val": val, **measure_heads(own, rows, groups, data.train.class_names, seed)}
+        measured, teaching = measure_heads(own, rows, groups, data.train.class_names, seed)
+        seeds[str(seed)] = {"val": val, **measured}
+        if arguments.taught is not None:
+            seeds[str(seed)]["taught"] = teach(arguments.run[seed], teaching, data, network, arguments.taught)
+            print({n: {k: round(100 * v, 2) for k, v in row.items()} for n, row in seeds[str(seed)]["taught"].items()})
         line = {n: round(100 * h["test"]["top1"], 2) for n, h in seeds[str(seed)]["heads"].items()}
         print(f"seed {seed} ({val}): {line}", flush=True)
     found = summarise(seeds)

@@ -104,6 +104,10 @@ def dlsa(name: str) -> Callable[[dict[str, Any]], str]:
             ratios = " / ".join(f"{there[k]['mean']:.1f}" for k in ("ratio_staying", "ratio_left"))
             divided.append([words, f"{before['undivided']['mean']:.1f}", ratios])
         spread = table(["balance of the clusters", "before fitting", "after"], divided)
+        if "taught" in result["summary"]:
+            taught = result["summary"]["taught"]
+            lines = [[f"by {label}", *(cell(v) for v in row.values())] for label, row in taught.items()]
+            spread += "\n\n" + table(["student, accuracy in %", *next(iter(taught.values()))], lines)
         chosen = f"Chosen on: {next(iter(result['seeds'].values()))['val']}."
         return f"{accuracy}\n\n{spread}\n\n{chosen} {where(result, name, len(result['seeds']))}"
 
