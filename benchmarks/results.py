@@ -42,6 +42,8 @@ FIRST = (
     "text",
     "features",
     "timm",
+    "recipes",
+    "tuned-text",
     "compression",
     "design-lrd",
     "design-rrd",
