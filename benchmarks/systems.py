@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 SETS = {
-    "cifar100-lt": "CIFAR-100-LT, imbalance factor 100, at most 200 images of a class, 16 x 16",
+    "cifar100-lt": "CIFAR-100-LT, imbalance factor 100, 16 x 16",
     "banking77-lt": "Banking77-LT, imbalance factor 50",
     "cifar": "Ten classes of CIFAR-100-LT, imbalance factor 100",
     "digits": "Handwritten digits, imbalance factor 50",
