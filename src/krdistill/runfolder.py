@@ -19,6 +19,7 @@ import torch
 
 from . import __version__
 from .config import RunConfig, difference, dump_config, parse_yaml, read_text, validate
+from .deploy.measuring import processor_name
 from .distributed import World
 from .errors import ConfigError, RunFolderError
 from .files import disk_errors, half_written, locked, read_json, remove_half_written, replacing, write_json, write_text
@@ -388,10 +389,4 @@ def _git_hash() -> str | None:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return processor_name()

@@ -53,9 +53,20 @@ def measure_file(
         "file": path.name,
         "bytes": path.stat().st_size,
         **count_graph(path),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "runs": [_elsewhere(path, t, b, seconds) for t in threads for b in ([fixed] if fixed else batches)],
     }
+
+
+def processor_name() -> str:
+    """The processor, by the name it gives itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # another system than Linux
+        pass
+    return platform.processor() or platform.machine()
 
 
 def count_graph(path: Path) -> dict[str, int | None]:
