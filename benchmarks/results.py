@@ -473,14 +473,18 @@ def _standing(results: Results, place: Row) -> str:
     ours = _row(place, label)
     if ours is None or _mean(ours, ALL) is None:
         return "The default recipe has not been run."
-    rank = [r["method"] for r in ordered(place)].index(label) + 1
+    settings = {  # of the default recipe: another setting of it is no other method
+        m["label"] for m in results["study"]["methods"] if m["name"] == "krdistill" and m["label"] not in (None, label)
+    }
+    ranked = [r["method"] for r in ordered(place) if r["method"] not in settings]
+    rank = ranked.index(label) + 1
     others = [_row(place, _plain_method(results, r)) for r in ("kd", "kd-balanced")]
     rival = _best_rival(results, place)
     shown = list({r["method"]: r for r in (ours, rival, *others) if r and _mean(r, ALL) is not None}.values())
     words = [
         f"{_text(r['method'])} {mean_words(r['metrics'][ALL])}, few {mean_words(r['metrics'].get(FEW))}" for r in shown
     ]
-    n = len(ordered(place))
+    n = len(ranked)
     place_words = f"first of {n} methods" if rank == 1 else f"number {rank} of {n} methods"
     return f"By its all-class mean the default recipe is {place_words}. All classes: {'; '.join(words)}."
 
