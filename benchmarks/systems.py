@@ -183,8 +183,34 @@ def fuzz(result: dict[str, Any]) -> str:
     )
 
 
+def mislabelled(result: dict[str, Any]) -> str:
+    """Students of teachers that learned from partly wrong labels."""
+    shares = result["shares"]
+    names = list(next(iter(shares.values()))["summary"]["students"])
+    ends = list(next(iter(shares.values()))["summary"]["teacher"])
+    first, last = ends[0], ends[-1]
+    rows = []
+    for name in ("teacher", *names):
+        cells = []
+        for found in shares.values():
+            row = found["summary"]["teacher"] if name == "teacher" else found["summary"]["students"][name]
+            cells += [cell(row[first], 1), cell(row[last], 1)]
+        rows.append([name, *cells])
+    head = [f"{words}{float(share):.0%} wrong" for share in shares for words in ("all, ", f"{last}, ")]
+    wrong = ", ".join(
+        f"{100 * found['summary']['wrong']['mean over classes']['mean']:.0f} %" for found in shares.values()
+    )
+    note = (
+        f"Digits as rows of numbers; accuracy in %, of all and of the rarest third. The teachers get {wrong} of the "
+        "right training labels wrong, mean over the classes."
+    )
+    figures = table(["by share of the teacher's labels", *head], rows)
+    return f"{figures}\n\n{note} {where(result, 'mislabelled', result['seeds'])}"
+
+
 # Page to the sections that stand between its marks, each made from the results of its name.
 PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "concepts": {"mislabelled": mislabelled},
     "howto-calibrate": {"calibration": calibration},
     "howto-dlsa": {"dlsa-cifar100": dlsa("dlsa-cifar100"), "dlsa-tiny": dlsa("dlsa-tiny")},
     "howto-condense": {"condense": condense},
