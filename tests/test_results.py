@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from krdistill.study import StudyConfig, read_study
 
@@ -44,12 +45,26 @@ def test_committed_figures_are_what_the_performance_page_shows() -> None:
         assert not commit.endswith("-dirty"), f"{path.name}: measure from a committed state"
 
 
-@pytest.mark.parametrize("name", ["howto-calibrate", "howto-dlsa", "howto-condense", "howto-device", "reliability"])
+PAGES = ("concepts", "howto-calibrate", "howto-dlsa", "howto-condense", "howto-device", "reliability")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_committed_figures_of_the_related_systems_are_what_their_pages_show(name: str) -> None:
     module = _script("systems")
-    assert set(module.PAGES) == {"howto-calibrate", "howto-dlsa", "howto-condense", "howto-device", "reliability"}
+    assert set(module.PAGES) == set(PAGES)
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert module.updated(page, name) == page
+
+
+def test_wrong_labels_are_as_many_as_was_asked_for_in_every_class() -> None:
+    mislabel = _script("mislabelled").mislabel
+    labels = torch.arange(4).repeat_interleave(torch.tensor([10, 7, 3, 1]))
+    made = mislabel(labels, 4, 0.4, seed=1)
+    wrong = [int((made[labels == k] != k).sum()) for k in range(4)]
+    assert wrong == [4, 2, 1, 0] and made.min() >= 0 and made.max() < 4
+    assert torch.equal(made, mislabel(labels, 4, 0.4, seed=1))
+    assert not torch.equal(made, mislabel(labels, 4, 0.4, seed=2))
+    assert torch.equal(mislabel(labels, 4, 0.0, seed=1), labels)
 
 
 def test_committed_studies_are_what_the_results_page_shows() -> None:
