@@ -528,10 +528,13 @@ def figure(results: Results) -> str:
     left = 18 + round(6.6 * min(30, max(map(len, names))))
     width = left + 2 * PANEL + 2 * GAP
     several = len(results["places"]) > 1
+    differ = len({metrics[1] for _, metrics, _ in blocks}) > 1  # who is rare, from place to place
     out, y = [], TOP
     for place, metrics, rows in blocks:
         if several:
             out.append(_label(10, y + 13, place_title(place), weight="bold"))
+            if differ:
+                out.append(_label(left + PANEL + GAP, y + 13, _metric_words([metrics[1]]), color=MUTED))
             y += ROW + 2
         high = y + ROW * len(rows)
         for i, (scale, metric) in enumerate(zip(scales, metrics, strict=True)):
@@ -547,7 +550,7 @@ def figure(results: Results) -> str:
             bold = "bold" if row["method"] == baseline else "normal"
             out.append(_label(left - 10, y + ROW * j + 13.5, _short(row["method"]), "end", INK, weight=bold))
         y = high + 30
-    words = ("all classes", _metric_words([m[1] for _, m, _ in blocks]))
+    words = ("all classes", "the rarest classes" if differ else _metric_words([blocks[0][1][1]]))
     heads = [_label(left + i * (PANEL + GAP), 40, w, weight="bold") for i, w in enumerate(words)]
     title = f"{results['name']}: accuracy minus that of {baseline}, in points, with the 95 % interval"
     head = [
