@@ -637,7 +637,7 @@ def test_what_the_students_of_the_pairs_cost(tmp_path: Path, monkeypatch: pytest
     headers, rows = pareto_table(entry)
     assert rows[0][headers.index("ms")] == f"{found['-/narrow/-']['median_ms']:.3f}"
     page = study_html(results)
-    assert "milliseconds an example of the student" in page and "MACs of the student" in page
+    assert "milliseconds of the student for one example" in page and "multiply-accumulates of the student" in page
     (folder.path / "devices.json").write_text("[", encoding="utf-8")
     with pytest.raises(RunFolderError, match="damaged"):
         collect(plan, folder)

@@ -185,7 +185,11 @@ _PARTS = (("train", "training"), ("val", "validation"), ("test", "test"))
 # Compression ----------------------------------------------------------------------------------------------------------
 
 
-_SIZES = {"parameters": "parameters", "macs": "MACs", "milliseconds": "milliseconds an example"}
+_SIZES = {  # and how an axis calls them
+    "parameters": "parameters of the student",
+    "macs": "multiply-accumulates of the student",
+    "milliseconds": "milliseconds of the student for one example",
+}
 
 
 def pareto_points(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -348,11 +352,11 @@ def pareto_plot(entry: Mapping[str, Any], what: str, size: str, name: str) -> st
         )  # fmt: skip
         axes.set_xlim(low, high)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v).replace(".0", "")))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0(?=\D|$)", "", count(v))))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set(xlabel=f"{_SIZES[size]} of the student (log scale)", ylabel="accuracy")
+        axes.set(xlabel=f"{_SIZES[size]} (log scale)", ylabel="accuracy")
         axes.set_title(words)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.2)
     return done()
