@@ -38,6 +38,7 @@ PRESETS = ROOT / "src" / "krdistill" / "presets"
 FIRST = (
     "rivals",
     "tiny",
+    "rivals-more",
     "rivals-if",
     "text",
     "features",
