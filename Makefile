@@ -63,7 +63,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[train,dlsa,onnx,hub,test,examples,docs]'
+	$(PIP) -e '.[train,dlsa,onnx,hub,ray,test,examples,docs]'
 	@# torchvision beside a CPU build of torch breaks what imports it unprepared, so these two have a folder of their own
 	$(PIP) --target $(VENV)/timm --upgrade --no-deps timm torchvision
 	@touch $@

@@ -193,6 +193,7 @@ RECTIFIERS = {
 
 SECOND_STAGES = {
     "none": Entry("", (), "The last layer stays as it was trained."),
+    "balanced-softmax": Entry(OURS, ("rectify/classifier_refit.py:refit_classifier",)),
     "crt": Entry(CODE, ("rectify/second_stage.py:crt",)),
     "lws": Entry(CODE, ("rectify/second_stage.py:lws",)),
     "tau-norm": Entry(PAPER, ("rectify/second_stage.py:tau_norm", "rectify/second_stage.py:choose_tau")),
@@ -412,7 +413,8 @@ def page() -> str:
         "",
         "## Samplers",
         "",
-        "How an epoch's images are drawn: `--train.sampler NAME`. They need class counts, all but `instance`.",
+        "How an epoch's images are drawn: `--train.sampler NAME`. They need class counts, all but `instance`. Balanced "
+        "softmax and logit adjustment hold the class prior of the draws, so that it is not made up for twice.",
         "",
         drawn.body,
         "",

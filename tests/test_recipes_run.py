@@ -54,7 +54,7 @@ def test_classification_loss(name: str, taught: Path, tmp_path: Path) -> None:
     assert metrics["student"]["top1"] > 0.1
 
 
-@pytest.mark.parametrize("method", ["crt", "lws", "ncm", "tau-norm"])
+@pytest.mark.parametrize("method", ["balanced-softmax", "crt", "lws", "ncm", "tau-norm"])
 def test_second_stage(method: str, taught: Path, tmp_path: Path) -> None:
     held = ("--data.val_fraction", "0.2") if method == "tau-norm" else ("--teacher.run", str(taught))
     metrics = _run(tmp_path / "run", "--recipe", "none", "--student.second_stage", method, *held)

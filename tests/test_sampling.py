@@ -13,6 +13,7 @@ from krdistill.rng import generator
 from krdistill.sampling import (
     SAMPLINGS,
     class_balanced_order,
+    draw_shares,
     epoch_order,
     instance_order,
     progressively_balanced_order,
@@ -44,6 +45,26 @@ def test_instance_order_is_the_loop_s_shuffle() -> None:
         assert torch.equal(instance_order(n, seed, epoch), expected)
     y = _labels()
     assert torch.equal(epoch_order("instance", y, 3, 7), instance_order(len(y), 3, 7))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_shares_are_those_that_are_drawn(sampling: str, t: float) -> None:
+    shares = draw_shares(sampling, COUNTS, progress=t)  # type: ignore[arg-type]
+    assert shares.dtype == torch.float64 and torch.allclose(shares, _shares(sampling, t), rtol=1e-12, atol=0)
+    y, drawn = _labels(), torch.zeros(7, dtype=torch.float64)
+    for epoch in range(200):
+        drawn += torch.bincount(y[epoch_order(sampling, y, 0, epoch, progress=t)], minlength=7)  # type: ignore[arg-type]
+    assert torch.allclose(drawn / drawn.sum(), shares, atol=2e-4)
+
+
+def test_shares_of_bad_input() -> None:
+    with pytest.raises(ArgumentError, match="sampling"):
+        draw_shares("balanced", COUNTS)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="progress"):
+        draw_shares("progressively-balanced", COUNTS, progress=1.5)
+    with pytest.raises(DataError, match="no training image"):
+        draw_shares("square-root", [3, 0, 1])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

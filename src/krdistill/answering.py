@@ -22,7 +22,6 @@ from .files import read_json, replacing
 from .models.network import load_network
 from .models.registry import parse_model
 from .models.teacher import Teacher
-from .rectify.classifier_refit import refit_classifier
 from .rectify.second_stage import apply_second_stage
 from .runfolder import CONFIG, DONE, SPLIT
 from .stages import load_configured_data, measure
@@ -82,13 +81,7 @@ def fit_head(
         head, found = fit_dlsa(features, labels, num_classes, held_out=held_out, seed=seed, **{"depth": 2, **options})
         return head, {"head": name, **found}
     layer = nn.Linear(features.shape[1], num_classes)
-    if name == "balanced-softmax":
-        weight, bias = refit_classifier(features, labels, num_classes, **options)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-        return layer.requires_grad_(False), {"head": name}
-    if name not in ("crt", "ncm"):
+    if name not in ("balanced-softmax", "crt", "ncm"):
         if type(own) is not nn.Linear:
             raise ModelError(f"The head {name!r} starts from a plain linear layer, got {type(own).__name__}.")
         layer = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None)

@@ -38,7 +38,7 @@ Classification = Literal[
     "dot-regression",
 ]
 Head = Literal["linear", "cosine", "etf"]
-SecondStage = Literal["none", "crt", "tau-norm", "lws", "ncm"]
+SecondStage = Literal["none", "balanced-softmax", "crt", "tau-norm", "lws", "ncm"]
 HEAD_OF: dict[str, Head] = {"ldam": "cosine", "ldam-drw": "cosine", "dot-regression": "etf"}
 SMOOTHABLE = ("cross-entropy", "balanced-softmax", "logit-adjusted", "class-balanced")
 
@@ -131,7 +131,8 @@ class TrainConfig(Section):
         augmentation: name of the augmentation (``krdistill list augmentations``).
         sampler: how an epoch's images are drawn: every image once (``instance``), every class alike
             (``class-balanced``), by the ``square-root`` of the class sizes, from the first to the second in the course
-            of the run (``progressively-balanced``), or as the ``recipe`` says.
+            of the run (``progressively-balanced``), or as the ``recipe`` says. Losses that hold the class prior
+            (balanced softmax, logit adjustment) hold that of the draws.
         mixup: alpha of mixup's Beta distribution; 0 is off.
         ema: decay of the weights' exponential moving average, which is then what is evaluated and kept; 0 is off.
         evaluate_every: epochs between evaluations during training; the last epoch is always evaluated.
@@ -200,7 +201,8 @@ class TeacherConfig(Section):
             asked; see :func:`krdistill.bank.load_answers`.
         classification: the loss a new teacher is trained with.
         head: its last layer: ``linear``, ``cosine`` (for ldam) or ``etf`` (for dot-regression).
-        second_stage: how its last layer is balanced after training, on its own frozen features.
+        second_stage: how its last layer is balanced after training, on its own frozen features: fitted anew with
+            ``balanced-softmax`` or class-balanced draws (``crt``), scaled (``lws``, ``tau-norm``), or ``ncm``.
         train: how a new teacher is trained.
     """
 

@@ -79,6 +79,7 @@ class ObjectiveContext:
         student_dim: width of the student's feature.
         teacher: the teacher's profile, or None where the recipe takes no teacher.
         seed: for anchors and projectors.
+        sampler: how the training images are drawn.
         label_smoothing: of the classification loss.
         student_maps: channels of the student's stages, where its network names them.
         teacher_maps: channels of the teacher's stages.
@@ -91,11 +92,18 @@ class ObjectiveContext:
     student_dim: int
     teacher: TeacherProfile | None = None
     seed: int = 0
+    sampler: Sampling = "instance"
     label_smoothing: float = 0.0
     student_maps: tuple[int, ...] = ()
     teacher_maps: tuple[int, ...] = ()
     labels: Tensor | None = None
     teacher_head: nn.Linear | None = None
+
+    def labels_term(self, classification: str, weight: float = 1.0) -> Term:
+        """The classification loss as a term; the class prior in it is that of the draws."""
+        return classification_term(
+            classification, self.prior, sampler=self.sampler, label_smoothing=self.label_smoothing, weight=weight
+        )
 
     def require_teacher(self, what: str) -> TeacherProfile:
         if self.teacher is None:
@@ -213,7 +221,7 @@ class Objective(nn.Module):
     Args:
         terms: at least one; those of weight 0 are left out.
         rectifier: changes the teacher's outputs before the terms see them; None leaves them as they are.
-        sampler: how the training images are drawn (:mod:`krdistill.sampling`) unless the configuration says otherwise.
+        sampler: how the training images are to be drawn (:mod:`krdistill.sampling`), as its losses take it.
         summary: facts found while building, such as an automatic tau, for the record.
     """
 
@@ -284,20 +292,23 @@ class Objective(nn.Module):
 _WITHOUT_TEACHER = (on_labels, on_labels_and_progress, on_student_feature)
 
 
-def classification_term(name: str, prior: ClassPrior, *, label_smoothing: float = 0.0, weight: float = 1.0) -> Term:
+def classification_term(
+    name: str, prior: ClassPrior, *, sampler: Sampling = "instance", label_smoothing: float = 0.0, weight: float = 1.0
+) -> Term:
     """A classification loss by name, as a term.
 
     Args:
         name: one of :data:`krdistill.config.Classification`.
         prior: of the training labels.
+        sampler: how the training images are drawn: balanced softmax and logit adjustment hold the prior of the draws.
         label_smoothing: for those that have it.
         weight: of the term.
     """
     counts, smooth = prior.counts, label_smoothing
     made: dict[str, Callable[[], nn.Module]] = {
         "cross-entropy": lambda: CrossEntropy(label_smoothing=smooth),
-        "balanced-softmax": lambda: BalancedSoftmax(counts, label_smoothing=smooth),
-        "logit-adjusted": lambda: LogitAdjustedLoss(counts, label_smoothing=smooth),
+        "balanced-softmax": lambda: BalancedSoftmax(counts, label_smoothing=smooth, sampling=sampler),
+        "logit-adjusted": lambda: LogitAdjustedLoss(counts, label_smoothing=smooth, sampling=sampler),
         "focal": FocalLoss,
         "class-balanced": lambda: ClassBalancedCrossEntropy(counts, label_smoothing=smooth),
         "class-balanced-focal": lambda: ClassBalancedFocal(counts),
@@ -309,5 +320,6 @@ def classification_term(name: str, prior: ClassPrior, *, label_smoothing: float 
     }
     if name not in made:
         raise ModelError(unknown_name("classification loss", name, made))
-    call = on_labels_and_progress if name == "ldam-drw" else on_labels
+    moves = name in ("balanced-softmax", "logit-adjusted") and sampler == "progressively-balanced"
+    call = on_labels_and_progress if name == "ldam-drw" or moves else on_labels
     return Term("classification", made[name](), call, weight=weight)

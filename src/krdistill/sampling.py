@@ -17,14 +17,13 @@ not a change of the run's length; there the other samplers draw every row indepe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_integer, check_number
-from .priors import ClassPrior
+from .priors import ClassPrior, CountsLike
 from .rng import generator
 
 Sampling = Literal["instance", "class-balanced", "square-root", "progressively-balanced"]
@@ -54,6 +53,34 @@ def epoch_order(sampling: Sampling, labels: Tensor, seed: int, epoch: int, *, pr
     if sampling == "progressively-balanced":
         return progressively_balanced_order(labels, seed, epoch, progress)
     return (class_balanced_order if sampling == "class-balanced" else square_root_order)(labels, seed, epoch)
+
+
+def draw_shares(sampling: Sampling, counts: CountsLike, *, progress: float = 0.0) -> Tensor:
+    r"""The class prior of what is drawn: p_k, the share of an epoch's draws that class k gets.
+
+    n_k / N of the plain shuffle, and of the others what their functions say below.
+
+    Args:
+        sampling: the sampler's name.
+        counts: n_k, training examples per class, ``(K,)``, every one at least 1.
+        progress: t, the share of the run that is done, in [0, 1]; only ``progressively-balanced`` depends on it.
+
+    Returns:
+        Shape ``(K,)``, float64, on the CPU; positive, and they sum to 1.
+
+    Raises:
+        ArgumentError, DataError: arguments that do not fit.
+    """
+    check_choice("sampling", sampling, SAMPLINGS)
+    t = check_number("progress", progress, at_least=0, at_most=1)
+    share = ClassPrior.from_counts(counts).frequencies
+    if sampling == "square-root":
+        share = share.sqrt()
+    elif sampling == "class-balanced":
+        share = torch.ones_like(share)
+    elif sampling == "progressively-balanced":
+        share = (1 - t) * share + t / len(share)
+    return share / share.sum()
 
 
 def instance_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -89,7 +116,7 @@ def class_balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
         ArgumentError: labels that are not whole numbers >= 0, or numbers out of range.
         DataError: fewer than two classes.
     """
-    return _order(labels, seed, epoch, "class-balanced", lambda share: torch.ones_like(share))
+    return _order(labels, seed, epoch, "class-balanced")
 
 
 def square_root_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
@@ -97,7 +124,7 @@ def square_root_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
 
     Arguments, result and errors as in :func:`class_balanced_order`.
     """
-    return _order(labels, seed, epoch, "square-root", torch.sqrt)
+    return _order(labels, seed, epoch, "square-root")
 
 
 def progressively_balanced_order(labels: Tensor, seed: int, epoch: int, progress: float) -> Tensor:
@@ -111,18 +138,17 @@ def progressively_balanced_order(labels: Tensor, seed: int, epoch: int, progress
 
     Returns and errors as in :func:`class_balanced_order`.
     """
-    t = check_number("progress", progress, at_least=0, at_most=1)
-    return _order(labels, seed, epoch, "progressively-balanced", lambda share: (1 - t) * share + t / len(share))
+    return _order(labels, seed, epoch, "progressively-balanced", progress)
 
 
-def _order(labels: Tensor, seed: int, epoch: int, name: str, share: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scheme of this file; ``share`` turns n_k / N into numbers proportional to p_k."""
+def _order(labels: Tensor, seed: int, epoch: int, name: Sampling, progress: float = 0.0) -> Tensor:
+    """The scheme of this file."""
     seed, epoch = check_integer("seed", seed, at_least=0), check_integer("epoch", epoch, at_least=0)
     prior = ClassPrior.from_labels(labels, empty="drop")
     y = torch.searchsorted(prior.kept, torch.as_tensor(labels).detach().cpu().long())
     gen = generator(seed, "order", name, epoch)
     n = prior.counts
-    draws = _rounded(share(prior.frequencies), len(y), gen)
+    draws = _rounded(draw_shares(name, n, progress=progress), len(y), gen)
 
     # One block per class and cycle through its rows; each block a random order of them.
     block_class = torch.repeat_interleave((draws + n - 1) // n)

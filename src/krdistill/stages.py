@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from .recipes.distill import DistillOptions, refitted_teacher, resolve_tau
 from .rectify import class_means, remove_prior
 from .rectify.second_stage import apply_second_stage
 from .rng import derive_seed
+from .sampling import Sampling
 from .training.loop import DivergedError, EpochRecord, Trainer, collect_outputs
 from .training.task import Task, best_device
 
@@ -207,8 +208,9 @@ def train_teacher(
     """Trains a teacher from labels alone."""
     device = device or best_device("auto")
     network = build_network(model, class_names=data.train.class_names, head=head, images=data.train.inputs, seed=seed)
-    term = classification_term(classification, prior, label_smoothing=train.label_smoothing)
-    task = Task(network, Objective([term]))
+    drawn: Sampling = "instance" if train.sampler == "recipe" else train.sampler
+    term = classification_term(classification, prior, sampler=drawn, label_smoothing=train.label_smoothing)
+    task = Task(network, Objective([term], sampler=drawn))
     record = fit(
         task, data, groups, train, seed=seed, device=device, stage=stage, world=world, events=events, store=store
     )
@@ -317,6 +319,7 @@ def build_task(
     profile: TeacherProfile | None = None,
     answers: Answers | None = None,
     experts: Experts | None = None,
+    sampler: Sampling | Literal["recipe"] = "recipe",
     label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> Task:
@@ -333,6 +336,8 @@ def build_task(
         profile: what was measured of it.
         answers: what is stored of a teacher that cannot be asked, in its place.
         experts: for recipes that need them.
+        sampler: how the training images are drawn, as in ``train.sampler``: losses that hold the class prior hold that
+            of the draws.
         label_smoothing: of the classification loss.
         seed: of anchors and projectors.
     """
@@ -357,13 +362,16 @@ def build_task(
         student_dim=student.feature_dim,
         teacher=profile if asks else None,
         seed=seed,
+        sampler=recipe.drawn(sampler),
         label_smoothing=label_smoothing,
         student_maps=student.map_channels,
         teacher_maps=teacher.network.map_channels if asks and teacher is not None else (),
         labels=data.train.labels,
         teacher_head=head if isinstance(head, nn.Linear) else None,
     )
-    return Task(student, recipe.build(options, context), experts if "experts" in recipe.needs else teacher)
+    objective = recipe.build(options, context)
+    objective.sampler = context.sampler
+    return Task(student, objective, experts if "experts" in recipe.needs else teacher)
 
 
 def distil(

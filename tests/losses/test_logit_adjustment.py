@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from krdistill.errors import ArgumentError, DataError
-from krdistill.losses.balanced_softmax import balanced_softmax
+from krdistill.losses.balanced_softmax import BalancedSoftmax, balanced_softmax
 from krdistill.losses.cross_entropy import cross_entropy
 from krdistill.losses.logit_adjustment import LogitAdjustedLoss, adjust_logits, logit_adjusted_loss
 from krdistill.rectify import remove_prior
+from krdistill.sampling import SAMPLINGS, Sampling, draw_shares
 
 COUNTS = [500, 100, 20, 5, 1]
 
@@ -113,6 +114,34 @@ def test_adjust_logits_makes_a_bayes_classifier_balanced() -> None:
     torch.testing.assert_close(adjusted, likelihood.log())
     assert (likelihood.log() + prior).argmax(1).tolist() == [0, 0] and adjusted.argmax(1).tolist() == [1, 0]
     torch.testing.assert_close(adjust_logits(likelihood, prior, tau=0.3), remove_prior(likelihood, prior, 0.3))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_prior_is_that_of_the_draws(sampling: Sampling) -> None:
+    z, y, _ = _case()
+    for progress in (0.0, 0.3, 1.0):
+        drawn = draw_shares(sampling, COUNTS, progress=progress).log()
+        for module, tau in (
+            (BalancedSoftmax(COUNTS, sampling=sampling), 1.0),
+            (LogitAdjustedLoss(COUNTS, tau=0.5, sampling=sampling), 0.5),
+        ):
+            want = torch.nn.functional.cross_entropy(z + tau * drawn, y, reduction="none")
+            torch.testing.assert_close(module(z, y, progress), want, rtol=1e-5, atol=1e-5)
+    if sampling == "class-balanced":  # all classes are shown alike: nothing is left to make up for
+        plain = torch.nn.functional.cross_entropy(z, y, reduction="none")
+        torch.testing.assert_close(BalancedSoftmax(COUNTS, sampling=sampling)(z, y), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["instance", "square-root", "class-balanced"])
+def test_however_images_are_drawn_the_logits_come_to_the_same(sampling: Sampling) -> None:
+    """Features that tell nothing of the class: a balanced classifier answers with equal shares, whatever was shown."""
+    shares = draw_shares(sampling, COUNTS)
+    z = torch.zeros(len(COUNTS), requires_grad=True)
+    module = BalancedSoftmax(COUNTS, sampling=sampling)
+    rows = torch.arange(len(COUNTS))
+    loss = (shares.float() * module(z.expand(len(COUNTS), -1), rows)).sum()
+    loss.backward()
+    assert float(z.grad.abs().max()) < 1e-6  # type: ignore[union-attr]
 
 
 def test_module_keeps_its_prior_in_the_state_and_moves_it() -> None:

@@ -37,6 +37,18 @@ def test_it_is_the_optimum_of_its_formula(tau: float) -> None:
     assert weight.dtype == bias.dtype == torch.float32
 
 
+def test_without_a_bias_it_is_the_optimum_over_the_weight_alone() -> None:
+    features, labels = _samples()
+    weight, bias = refit_classifier(features, labels, 3, bias=False, weight_decay=1e-2)
+    scale = features.double().square().sum(1).mean().sqrt()
+    W = (weight.double() * scale).requires_grad_()
+    log_prior = (torch.tensor(COUNTS).double() / sum(COUNTS)).log()
+    objective = F.cross_entropy(features.double() / scale @ W.T + log_prior, labels) + 0.5 * 1e-2 * W.square().sum()
+    assert torch.autograd.grad(objective, W)[0].abs().max() < 1e-4
+    assert not bool(bias.any())
+    assert not torch.allclose(weight, refit_classifier(features, labels, 3, weight_decay=1e-2)[0], atol=1e-2)
+
+
 def test_what_is_fitted_has_no_prior_in_it() -> None:
     """Features that tell nothing: an ordinary classifier answers with the frequencies, this one with equal shares."""
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))

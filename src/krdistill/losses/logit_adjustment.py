@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import at_least_float32, check_logits, check_number, check_per_class, like
-from ..priors import ClassPrior, CountsLike
+from ..priors import CountsLike
 from ..rectify.prior_removal import remove_prior
+from ..sampling import Sampling
+from .balanced_softmax import DrawnPrior
 from .cross_entropy import shifted_cross_entropy
 
 
@@ -54,25 +55,27 @@ def adjust_logits(logits: Tensor, log_prior: Tensor, *, tau: float = 1.0) -> Ten
     return remove_prior(logits, log_prior, tau)
 
 
-class LogitAdjustedLoss(nn.Module):
+class LogitAdjustedLoss(DrawnPrior):
     """:func:`logit_adjusted_loss` as a module.
 
     Args:
         counts: training images per class, ``(K,)``, every one at least 1.
         tau: how much of the prior, >= 0.
         label_smoothing: in [0, 1).
+        sampling: how the training images are drawn, as of :class:`~krdistill.losses.BalancedSoftmax`.
     """
 
-    log_prior: Tensor
-
-    def __init__(self, counts: CountsLike, *, tau: float = 1.0, label_smoothing: float = 0.0) -> None:
-        super().__init__()
+    def __init__(
+        self, counts: CountsLike, *, tau: float = 1.0, label_smoothing: float = 0.0, sampling: Sampling = "instance"
+    ) -> None:
+        super().__init__(counts, sampling)
         self.tau = check_number("tau", tau, at_least=0)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, below=1)
-        self.register_buffer("log_prior", ClassPrior.from_counts(counts).log_prior.to(torch.float32))
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logit_adjusted_loss(logits, labels, self.log_prior, tau=self.tau, label_smoothing=self.label_smoothing)
+    def forward(self, logits: Tensor, labels: Tensor, progress: float = 0.0) -> Tensor:
+        log_prior = self.drawn_log_prior(progress)
+        return logit_adjusted_loss(logits, labels, log_prior, tau=self.tau, label_smoothing=self.label_smoothing)
 
     def extra_repr(self) -> str:
-        return f"num_classes={len(self.log_prior)}, tau={self.tau}, label_smoothing={self.label_smoothing}"
+        drawn = "" if self.sampling == "instance" else f", sampling={self.sampling!r}"
+        return f"num_classes={len(self.log_prior)}, tau={self.tau}, label_smoothing={self.label_smoothing}{drawn}"

@@ -102,7 +102,7 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
             timed, its_options = (recipe, options) if "experts" not in recipe.needs else resolve_recipe(_PLAIN)
             task = build_task(
                 timed, its_options, student, data, plan.prior, plan.groups, teacher=None if external else teacher,
-                profile=profile, answers=stored,
+                profile=profile, answers=stored, sampler=config.student.train.sampler,
             )  # fmt: skip
             known[asks] = seconds(task, config.student.train, stored if reads else None)
         result[stage] = known[asks] * left(stage, config.student.train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from ..config import Classification, Section, validate
 
 if TYPE_CHECKING:
     from ..objective import Objective, ObjectiveContext
+    from ..sampling import Sampling
 
 
 class Options(Section):
@@ -53,6 +54,7 @@ class Recipe:
         needs: what it takes besides images and labels: ``teacher``, ``counts``, ``features``, ``maps``, ``memory``.
         options: the class of its options.
         defaults: where its defaults differ from the class's.
+        sampler: how its training images are drawn (:mod:`krdistill.sampling`) unless ``train.sampler`` says otherwise.
         defaults_from: where the defaults come from.
         build: options and context to an objective.
         reuses_classifier: whether a projector and the teacher's frozen classifier take the place of the student's head
@@ -67,12 +69,17 @@ class Recipe:
     defaults_from: str
     build: Callable[[Any, ObjectiveContext], Objective]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Sampling = "instance"
     reuses_classifier: bool = False
 
     def needs_with(self, options: Options) -> frozenset[str]:
         """:attr:`needs` with these options: of some recipes it is they that say whether features are used."""
         uses = options.uses_features
         return self.needs if uses is None else self.needs - {"features"} | ({"features"} if uses else set())
+
+    def drawn(self, sampler: Sampling | Literal["recipe"]) -> Sampling:
+        """How images are drawn where the configuration says ``sampler``."""
+        return self.sampler if sampler == "recipe" else sampler
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
         """The recipe's options with the user's values over its defaults; unknown ones are refused."""

@@ -37,7 +37,7 @@ def build(options: CBDOptions, context: ObjectiveContext) -> Objective:
             None, student_dim=context.student_dim, teacher_dim=teacher.class_means.shape[1], rectify="none"
         )
     weight = options.alpha * options.beta
-    return one_term(options, context, "cbd", module, on_features, weight=weight, sampler="class-balanced")
+    return one_term(options, context, "cbd", module, on_features, weight=weight)
 
 
 RECIPES = (
@@ -47,6 +47,7 @@ RECIPES = (
         source=Source("Class-Balanced Distillation for Long-Tailed Visual Recognition", 2021, "2104.05279"),
         needs=FEATURES,
         options=CBDOptions,
+        sampler="class-balanced",
         defaults_from="alpha 0.4, beta 100; one teacher in place of several",
         build=build,
     ),

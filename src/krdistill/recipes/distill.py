@@ -117,16 +117,9 @@ class DistillOptions(Options):
 
 def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
     """An objective of a (rectified) logit term and of terms on (rectified) features, as the options say."""
-    from ..objective import Objective, classification_term
+    from ..objective import Objective
 
-    terms = [
-        classification_term(
-            options.classification,
-            context.prior,
-            label_smoothing=context.label_smoothing,
-            weight=options.classification_weight,
-        )
-    ]
+    terms = [context.labels_term(options.classification, options.classification_weight)]
     on_predictions = options.logit_weight > 0 or options.classifier_weight > 0
     removed = resolve_tau(options, context) if on_predictions else None
     refitted = refitted_teacher(context, options.tau) if on_predictions and options.prior == "refit" else None

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from ..objective import Objective, ObjectiveContext
     from ..outputs import Step
-    from ..sampling import Sampling
 
 
 class LogitOptions(Options):
@@ -49,15 +48,9 @@ def one_term(
     *,
     weight: float,
     warmup: float = 0.0,
-    sampler: Sampling = "instance",
 ) -> Objective:
     """The classification loss and one more term."""
-    from ..objective import Objective, Term, classification_term
+    from ..objective import Objective, Term
 
-    labels = classification_term(
-        options.classification,
-        context.prior,
-        label_smoothing=context.label_smoothing,
-        weight=options.classification_weight,
-    )
-    return Objective([labels, Term(name, module, call, weight=weight, warmup=warmup)], sampler=sampler)
+    labels = context.labels_term(options.classification, options.classification_weight)
+    return Objective([labels, Term(name, module, call, weight=weight, warmup=warmup)])

@@ -11,18 +11,9 @@ if TYPE_CHECKING:
 
 
 def build(options: Options, context: ObjectiveContext) -> Objective:
-    from ..objective import Objective, classification_term
+    from ..objective import Objective
 
-    return Objective(
-        [
-            classification_term(
-                options.classification,
-                context.prior,
-                label_smoothing=context.label_smoothing,
-                weight=options.classification_weight,
-            )
-        ]
-    )
+    return Objective([context.labels_term(options.classification, options.classification_weight)])
 
 
 RECIPES = (

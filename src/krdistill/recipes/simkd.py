@@ -27,15 +27,10 @@ class SimKDOptions(Options):
 
 def build(options: SimKDOptions, context: ObjectiveContext) -> Objective:
     from ..losses.simkd import SimKD
-    from ..objective import Objective, Term, classification_term, on_last_maps
+    from ..objective import Objective, Term, on_last_maps
 
     context.require_maps("SimKD")
-    labels = classification_term(
-        options.classification,
-        context.prior,
-        label_smoothing=context.label_smoothing,
-        weight=options.classification_weight,
-    )
+    labels = context.labels_term(options.classification, options.classification_weight)
     return Objective([labels, Term("simkd", SimKD(), on_last_maps, weight=options.feature_weight)])
 
 

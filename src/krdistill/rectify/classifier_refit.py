@@ -17,6 +17,7 @@ def refit_classifier(
     labels: Tensor,
     num_classes: int,
     *,
+    bias: bool = True,
     tau: float = 1.0,
     weight_decay: float = 1e-5,
     max_steps: int = 200,
@@ -35,6 +36,7 @@ def refit_classifier(
         features: f, of training images, shape ``(N, D)``.
         labels: y, shape ``(N,)``; pi are their frequencies.
         num_classes: K; every class needs a row.
+        bias: false leaves b at zero.
         tau: how much of the prior the loss holds: 1 is balanced softmax; more gives rare classes a larger margin.
         weight_decay: lambda > 0.
         max_steps: of L-BFGS. With so small a penalty it ends before the last digits are settled: features that differ
@@ -87,6 +89,8 @@ def refit_classifier(
         else:
             residual *= shares.unsqueeze(1)
         gradient = torch.cat([residual.T @ f + weight_decay * W, residual.sum(0).unsqueeze(1)], 1)
+        if not bias:
+            gradient[:, D] = 0
         return float(loss), gradient.numpy().ravel()
 
     start = np.zeros(K * (D + 1))

@@ -5,7 +5,7 @@ the network is needed. Each gives what can be put into a :class:`torch.nn.Linear
 that.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020,
-arXiv 1910.09217.
+arXiv 1910.09217; ``balanced-softmax`` is ours, with the loss of Ren et al., NeurIPS 2020, arXiv 2007.10740.
 Deviation: features are computed once, on images as they are, where the paper augments the images of its second stage
 anew; and an epoch is N draws (see :mod:`krdistill.sampling`).
 """
@@ -35,10 +35,11 @@ from .._checks import (
 from ..errors import ArgumentError, DataError, ModelError
 from ..sampling import class_balanced_order
 from .anchor_rectification import class_means
+from .classifier_refit import refit_classifier
 
-Method = Literal["crt", "tau-norm", "lws", "ncm"]
+Method = Literal["balanced-softmax", "crt", "tau-norm", "lws", "ncm"]
 
-METHODS = ("crt", "tau-norm", "lws", "ncm")
+METHODS = ("balanced-softmax", "crt", "tau-norm", "lws", "ncm")
 TAUS = tuple(step / 10 for step in range(21))
 
 _CHUNK_VALUES = 4_000_000  # logits in work at once
@@ -250,6 +251,8 @@ def apply_second_stage(
             ``tau-norm`` and ``ncm`` a bias becomes zero.
         method: what to do.
 
+            - ``balanced-softmax``: :func:`~krdistill.rectify.refit_classifier`, fitted to its optimum; options: its
+              own, but ``bias``.
             - ``crt``: :func:`crt`; options: its own, but ``bias``.
             - ``lws``: :func:`lws`; options: its own.
             - ``tau-norm``: :func:`tau_norm`; options: ``tau``, or else ``held_out``, the (features, labels) that
@@ -277,7 +280,11 @@ def apply_second_stage(
     check_matrix("features", features, "(N, D)", columns=linear.in_features)
     bias: Tensor | None = None
     record: dict[str, float] = {}
-    if method == "crt":
+    if method == "balanced-softmax":
+        _check_options(method, options, refit_classifier, "bias")
+        has_bias = linear.bias is not None
+        weight, bias = refit_classifier(features, labels, linear.out_features, bias=has_bias, **options)
+    elif method == "crt":
         _check_options(method, options, crt, "bias")
         weight, bias = crt(features, labels, linear.out_features, bias=linear.bias is not None, **options)
     elif method == "lws":
