@@ -38,7 +38,7 @@ PRESETS = ROOT / "src" / "krdistill" / "presets"
 FIRST = (
     "rivals",
     "tiny",
-    "rivals-more",
+    "design-draws",
     "rivals-if",
     "text",
     "features",

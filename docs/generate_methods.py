@@ -94,7 +94,7 @@ METHODS = {
         SECONDARY,
         ("losses/feature_matching.py:cosine_distance", "losses/feature_matching.py:Projector"),
         "One teacher, where the paper has several. The formula and its constants are those of a third party's "
-        "re-implementation. Images are drawn by the sampler `class-balanced`.",
+        "re-implementation.",
     ),
     "ssd": Entry(
         CODE,
@@ -442,6 +442,7 @@ def _recipe(r: Recipe, entry: Entry) -> list[str]:
         ("Status", entry.status),
         ("Needs", needs),
         ("Defaults", _options(options)),
+        ("Images drawn", "" if r.sampler == "instance" else f"[`{r.sampler}`](#sampler-{r.sampler})"),
         ("Defaults from", r.defaults_from),
     ]
     return [f"### {r.name}", "", f"{_sentence(r.summary)}", "", *_facts(facts), *_parts(entry)]

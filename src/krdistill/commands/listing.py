@@ -46,7 +46,8 @@ def _print_recipes(console: Console) -> None:
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items() if v not in off
         )
         needs = f"needs {', '.join(sorted(r.needs))}\n" if r.needs else ""
-        facts = f"{r.source.title} ({r.source.year}{arxiv})\n{needs}defaults: {shown} [{r.defaults_from}]"
+        drawn = "" if r.sampler == "instance" else f"; images drawn {r.sampler}"
+        facts = f"{r.source.title} ({r.source.year}{arxiv})\n{needs}defaults: {shown}{drawn} [{r.defaults_from}]"
         rows.append((r.name, r.summary, facts))
     print_list(console, "recipe", rows)
 

@@ -299,6 +299,7 @@ def _items(base: RunConfig, method: MethodConfig, seed: int) -> tuple[Item, Item
         **({"bank": {k: v for k, v in values["bank"].items() if k != "folder"}} if asks else {}),
         "student": values["student"],
         "recipe": {"name": recipe.name, **options.model_dump(mode="json")},
+        **({"sampler": recipe.sampler} if recipe.sampler != "instance" else {}),  # a recipe's own draws
     }
     config: RunConfig = validate(
         RunConfig,
