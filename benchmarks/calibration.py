@@ -55,6 +55,7 @@ COMMON = [
     ("name", "calibration"),
     ("data.val_fraction", "0.2"),
     ("recipe", "krdistill"),
+    ("student.train.sampler", "instance"),
     ("baselines", "[none]"),
     ("export.onnx", "false"),
 ]

@@ -189,7 +189,7 @@ def teach(
         given = [
             ("teacher.answers", str(where / "answers.npz")), ("bank.views", "0"), ("baselines", "[]"),
             ("recipe", "krdistill-lrd"), ("recipe.prior", "label" if name == "own" else "none"),
-            ("export.onnx", "false"),
+            ("student.train.sampler", "instance"), ("export.onnx", "false"),
         ]  # fmt: skip
         config = load_config(str(source / "config.yaml"), given)
         student = run(prepare(config), where / "run", report=False)["student"]

@@ -32,7 +32,13 @@ from krdistill.runfolder import environment
 from krdistill.stages import measure
 
 SHARES = (0.0, 0.2, 0.4)
-COMMON = [("train.evaluate_every", "30"), ("export.onnx", "false"), ("baselines", "[]"), ("bank.views", "0")]
+COMMON = [
+    ("train.evaluate_every", "30"),
+    ("student.train.sampler", "instance"),  # nothing but the labels is to differ
+    ("export.onnx", "false"),
+    ("baselines", "[]"),
+    ("bank.views", "0"),
+]
 METHODS: dict[str, list[tuple[str, str]]] = {
     "none": [("recipe", "none")],
     "kd": [("recipe", "kd")],

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from scipy import stats
 
+from krdistill import recipes
 from krdistill.commands.compare import _live, compare
 from krdistill.errors import ArgumentError, ConfigError, KrdistillError, RunFolderError
 from krdistill.files import read_json
@@ -722,6 +725,51 @@ def test_events_are_heard(finished: tuple[StudyPlan, StudyFolder], tmp_path: Pat
     run_study(plan, StudyFolder(tmp_path / "out"), Here(), events=Heard())
     both = ("teachers/resnet8w8", "cells/none")
     assert heard == [words for key in both for words in (f"started {key}", f"finished {key} done")]
+
+
+def test_how_a_recipe_draws_is_part_of_what_a_cell_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity() -> dict[str, Any]:
+        plan = _plan(tmp_path, methods=["krdistill"], baseline="krdistill", seeds=[0])
+        return dict(plan.items[plan.cells[0].item].identity)
+
+    now = identity()
+    assert now["sampler"] == "square-root"
+    monkeypatch.setitem(recipes._RECIPES, "krdistill", replace(recipes.recipe("krdistill"), sampler="instance"))
+    assert identity() == {k: v for k, v in now.items() if k != "sampler"}
+
+
+def test_a_study_that_has_grown_reuses_committed_cells(
+    finished: tuple[StudyPlan, StudyFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reuse = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "reuse.py"))
+    before = json.loads(json.dumps(collect(*finished)))
+    folder = StudyFolder(tmp_path / "grown")
+    grown = _plan(tmp_path, methods=["none", {"name": "kd", "label": "plain"}, "kd-balanced"], baseline="plain")
+    assert reuse["lay"](grown.study, folder, [before], {"none": "none", "plain": "kd"}) == 4
+    did = Here()
+    assert set(run_study(grown, folder, did).states.values()) == {"done"}
+    assert sorted(key.split("/")[1].split("-seed")[0] for key in did.did) == ["kd-balanced"] * 2 + ["resnet8w8"] * 2
+    results = collect(grown, folder)
+    folder.write_results(results)
+    old, new = (r["places"][0]["rows"][0]["metrics"] for r in (before, results))
+    assert {n: e["values"] for n, e in old.items()} == {n: e["values"] for n, e in new.items()}
+    (tmp_path / "kept").mkdir()
+    path = reuse["take"](folder, [before], tmp_path / "kept")
+    assert "2 teachers as before" in capsys.readouterr().out
+    assert len(json.loads(path.read_text(encoding="utf-8"))["cells"]) == 6
+
+    for result in before["teachers"].values():
+        result["networks"]["teacher"]["last"]["top1"] += 0.01
+    with pytest.raises(SystemExit, match="come to other figures"):
+        reuse["take"](folder, [before], tmp_path / "kept")
+    with pytest.raises(SystemExit, match="no method bkd"):
+        reuse["lay"](grown.study, folder, [before], {"bkd": "bkd"})
+    other = _plan(tmp_path, methods=[{"name": "kd", "temperature": 2}], baseline="kd")
+    with pytest.raises(SystemExit, match="options of kd differ"):
+        reuse["lay"](other.study, StudyFolder(tmp_path / "other"), [before], {"kd": "kd"})
+    longer = _plan(tmp_path, set={**TINY["set"], "train.epochs": 3})
+    with pytest.raises(SystemExit, match="set differs"):
+        reuse["lay"](longer.study, StudyFolder(tmp_path / "longer"), [before], {"kd": "kd"})
 
 
 def test_the_study_of_the_howto_is_what_the_page_says(tmp_path: Path) -> None:
