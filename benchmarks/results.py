@@ -39,6 +39,7 @@ FIRST = (
     "rivals",
     "tiny",
     "design-draws",
+    "rivals-rest",
     "rivals-if",
     "text",
     "features",
