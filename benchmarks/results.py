@@ -665,11 +665,20 @@ The paper's equations are not public: what is measured here is our formulation o
 held against the paper's own tables. Options were compared on the test images, as no part was put aside for it; what was
 chosen by one study is confirmed where another data set or imbalance factor says the same.
 
-Runs of paper size (ResNet-32x4 to ResNet-8x4, 240 epochs) have not been made. They need a GPU; the commands are ready:
+Runs of paper size (240 epochs; ResNet-32x4 to ResNet-8x4 and three other pairs, three imbalance factors, three seeds)
+have not been made. They need a GPU; the commands are ready, and have been run for an epoch of a few images:
+
+```console
+krdistill compare benchmarks/studies/paper.yaml
+krdistill compare benchmarks/studies/paper-ldam.yaml
+```
+
+and, on a machine that is lent for minutes at a time, one pair with one seed, which goes on where it stopped with
+`--state gpu`:
 
 ```console
 python benchmarks/gpu.py pack cifar100-lt.npz
-python benchmarks/gpu.py run cifar100-lt.npz --out gpu --minutes 9        # goes on where it stopped with --state gpu
+python benchmarks/gpu.py run cifar100-lt.npz --out gpu --minutes 9
 ```
 
 ## Published figures
