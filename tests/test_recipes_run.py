@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from krdistill.cli import main
-from krdistill.config import HEAD_OF, Classification
-from krdistill.recipes import list_recipes
+from krdistill.config import HEAD_OF, Classification, TrainConfig
+from krdistill.data import load_data
+from krdistill.models.network import build_network
+from krdistill.recipes import list_recipes, recipe
+from krdistill.sampling import SAMPLINGS, Sampling, draw_shares
+from krdistill.stages import build_task, measure
+from krdistill.training.loop import Trainer
 
 SMALL = (
     "--teacher.model", "resnet8", "--student.model", "resnet8w8", "--train.epochs", "2", "--train.evaluate_every", "2",
@@ -62,6 +69,34 @@ def test_second_stage(method: str, taught: Path, tmp_path: Path) -> None:
     done = json.loads((tmp_path / "run" / "student" / "done.json").read_text(encoding="utf-8"))
     assert done["second_stage"] == method
     assert ("tau" in done) == (method == "tau-norm")
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"), [((), "square-root"), (("--student.train.sampler", "progressively-balanced"), None)]
+)
+def test_images_are_drawn_as_the_recipe_or_the_user_says(
+    given: tuple[str, ...], drawn: str | None, taught: Path, tmp_path: Path
+) -> None:
+    metrics = _run(tmp_path / "run", "--recipe", "krdistill", "--teacher.run", str(taught), *given)
+    done = json.loads((tmp_path / "run" / "student" / "done.json").read_text(encoding="utf-8"))
+    assert done["sampler"] == (drawn or given[-1]) and metrics["student"]["top1"] > 0.1
+
+
+def test_the_prior_of_the_draws_is_in_the_objective_and_the_draws_are_its_own() -> None:
+    data = load_data("digits", profile="exp", imbalance_factor=10, n_max=30)
+    prior, groups = measure(data, "thirds")
+    about: dict[str, Any] = {"class_names": data.train.class_names, "images": data.train.inputs}
+    entry = recipe("none")
+    options = entry.resolve({"classification": "balanced-softmax"})
+    sampler: Sampling
+    for sampler in SAMPLINGS:  # type: ignore[assignment]
+        student = build_network("resnet8w8", **about)
+        task = build_task(entry, options, student, data, prior, groups, sampler=sampler)
+        assert task.objective.sampler == sampler
+        loss = task.objective.terms[0].module  # type: ignore[union-attr]
+        assert torch.allclose(loss.log_prior, draw_shares(sampler, prior.counts).log().float())
+        trainer = Trainer(task, data.train, TrainConfig(epochs=2, sampler="recipe"), seed=0, device=torch.device("cpu"))
+        assert trainer.sampler == sampler
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
     data = plan.data
     noun = NOUNS[data.train.kind]
     shape = " ".join(filter(None, (noun, data.train.shape)))
+    sampler = plan.recipe.drawn(config.student.train.sampler)
+    drawn = "" if sampler == "instance" else f"; {noun} drawn {sampler}"
     lines = [
         (
             "data",
@@ -111,7 +113,7 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
             "student",
             f"{config.student.model}, {_train_words(config.student.train)}",
         ),
-        ("recipe", f"{config.recipe.key}: {plan.recipe.summary}"),
+        ("recipe", f"{config.recipe.key}: {plan.recipe.summary}{drawn}"),
     ]
     if plan.baselines:
         lines.append(("beside it", ", ".join(c.key for c, _, _ in plan.baselines)))

@@ -43,7 +43,8 @@ def student_stage(
             world=folder.world, store=folder,
         )  # fmt: skip
         keep_network(folder, stage, trained.network)
-        record = {"model": model, "recipe": config.key, "options": options.model_dump(mode="json"), **trained.record}
+        record = {"model": model, "recipe": config.key, "options": options.model_dump(mode="json")}
+        record |= {"sampler": task.objective.sampler, **trained.record}
         folder.finish(stage, record)
     barrier(folder.world)  # the others read what the first has written
 
