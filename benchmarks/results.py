@@ -404,8 +404,8 @@ def bars(results: Results, place: Row) -> list[tuple[str, str, str]]:
             continue
         verdict = "one seed" if d.half_width is None else "yes" if d.mean > d.half_width else "no"
         found.append((what, f"{gap_words(d._asdict())}", verdict))
-    family = {m["label"] or m["name"] for m in results["study"]["methods"] if m["name"].startswith("krdistill")}
-    rivals = [r for r in place["rows"] if r["method"] not in family and _mean(r, BALANCED) is not None]
+    plain = _rivals(results)
+    rivals = [r for r in place["rows"] if r["method"] in plain and _mean(r, BALANCED) is not None]
     wanted = [("kd", _row(place, _plain_method(results, "kd")), OVER_KD)]
     if rivals:
         best = max(rivals, key=lambda r: r["metrics"][BALANCED]["mean"])
@@ -415,6 +415,12 @@ def bars(results: Results, place: Row) -> list[tuple[str, str, str]]:
         what = f"{least:g} point{'s' if least != 1 else ''} or more above {other}, balanced accuracy"
         verdict = "not run" if d is None else "yes" if 100 * d.mean >= least else "no"
         found.append((what, f"{gap_words(d._asdict())}" if d else "", verdict))
+    for method in _rivals(results, helped=True):
+        d = gap(ours, _row(place, method), ALL)
+        if d is not None:
+            what = f"above {_text(method)}, a rival with what we add, all classes, interval without 0"
+            verdict = "one seed" if d.half_width is None else "yes" if d.mean > d.half_width else "no"
+            found.append((what, gap_words(d._asdict()), verdict))
     few = few_gap(results, place, label)
     words = "few-shot accuracy above the teacher's own after prior removal"
     if few is None:
@@ -465,9 +471,15 @@ def overview(studies: Mapping[str, Results]) -> str:
 
 
 def _best_rival(results: Results, place: Row) -> Row | None:
-    """The method of the highest all-class mean that is none of ours."""
-    family = {m["label"] or m["name"] for m in results["study"]["methods"] if m["name"].startswith("krdistill")}
-    return next((r for r in ordered(place) if r["method"] not in family), None)
+    """The method of the highest all-class mean that is none of ours, without what only our methods have by default."""
+    rivals = _rivals(results)
+    return next((r for r in ordered(place) if r["method"] in rivals), None)
+
+
+def _rivals(results: Results, *, helped: bool = False) -> list[str]:
+    """Labels of the methods that are none of ours; ``helped``: those to whom a study gives other draws or heads."""
+    others = [m for m in results["study"]["methods"] if not m["name"].startswith("krdistill")]
+    return [m["label"] or m["name"] for m in others if bool(m.get("set")) == helped]
 
 
 def _standing(results: Results, place: Row) -> str:

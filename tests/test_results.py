@@ -129,6 +129,12 @@ def test_bars_are_judged_by_intervals_and_points() -> None:
             [t["networks"]["teacher_rectified"] for t in results["teachers"].values()],
         )
     )
+    at = [m["label"] for m in results["study"]["methods"]].index("bkd")
+    results["study"]["methods"][at]["set"] = {"student.train.sampler": "square-root"}  # no rival as it was published
+    found |= {bar: (figures, verdict) for bar, figures, verdict in module.bars(results, place)}
+    helped = found["above bkd, a rival with what we add, all classes, interval without 0"]
+    assert helped == ("+0.00 [-4.30, +4.30] (n=3)", "no")
+    assert found["1 point or more above the best rival (ltkd), balanced accuracy"][1] == "no"
     figures, verdict = found["few-shot accuracy above the teacher's own after prior removal"]
     assert figures.startswith(f"{ours:.2f} against {theirs:.2f}, ") and verdict == ("yes" if ours > theirs else "no")
 
