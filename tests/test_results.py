@@ -129,7 +129,7 @@ def test_bars_are_judged_by_intervals_and_points() -> None:
             [t["networks"]["teacher_rectified"] for t in results["teachers"].values()],
         )
     )
-    at = [m["label"] for m in results["study"]["methods"]].index("bkd")
+    at = [m["label"] or m["name"] for m in results["study"]["methods"]].index("bkd")
     results["study"]["methods"][at]["set"] = {"student.train.sampler": "square-root"}  # no rival as it was published
     found |= {bar: (figures, verdict) for bar, figures, verdict in module.bars(results, place)}
     helped = found["above bkd, a rival with what we add, all classes, interval without 0"]
