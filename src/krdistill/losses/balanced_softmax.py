@@ -51,8 +51,9 @@ class DrawnPrior(nn.Module):
     def __init__(self, counts: CountsLike, sampling: Sampling) -> None:
         super().__init__()
         self.sampling = sampling
-        self.counts = ClassPrior.from_counts(counts).counts
-        self.register_buffer("log_prior", draw_shares(sampling, self.counts).log().to(torch.float32))
+        prior = ClassPrior.from_counts(counts)
+        self.counts = tuple(prior.counts.tolist())  # no tensor: what the module is moved with is log_prior alone
+        self.register_buffer("log_prior", draw_shares(sampling, prior.counts).log().to(torch.float32))
 
     def drawn_log_prior(self, progress: float) -> Tensor:
         """Shape ``(K,)``, float32, where this share of the run is done."""
