@@ -39,7 +39,8 @@ FIRST = (
     "rivals",
     "tiny",
     "design-draws",
-    "rivals-rest",
+    "rivals-if50",
+    "rivals-if10",
     "rivals-if",
     "text",
     "features",
@@ -69,7 +70,8 @@ BAR_STUDIES = {"rivals": "CIFAR-100-LT, imbalance factor 100", "tiny": "Tiny-Ima
 # The studies of methods against each other, in the overview: what they learned from, by the label of the data.
 OVERVIEW = {
     "rivals": {"": "CIFAR-100-LT, imbalance factor 100"},
-    "rivals-if": {"if50": "CIFAR-100-LT, imbalance factor 50", "if10": "CIFAR-100-LT, imbalance factor 10"},
+    "rivals-if50": {"": "CIFAR-100-LT, imbalance factor 50"},
+    "rivals-if10": {"": "CIFAR-100-LT, imbalance factor 10"},
     "tiny": {"": "Tiny-ImageNet-LT, imbalance factor 100"},
     "text": {"": "Banking77-LT (sentences), imbalance factor 50"},
     "features": {"": "digits as rows of numbers, imbalance factor 30"},
