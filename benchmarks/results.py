@@ -38,6 +38,8 @@ PRESETS = ROOT / "src" / "krdistill" / "presets"
 FIRST = (
     "rivals",
     "tiny",
+    "tuned",
+    "tuning",
     "design-draws",
     "rivals-if50",
     "rivals-if10",
@@ -46,7 +48,6 @@ FIRST = (
     "features",
     "timm",
     "recipes",
-    "tuned-text",
     "compression",
     "design-lrd",
     "design-rrd",

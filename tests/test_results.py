@@ -197,3 +197,23 @@ def test_stale_files_and_figures_of_no_study_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.md").write_text("c\n", encoding="utf-8")
     (tmp_path / "img" / "results-gone.svg").write_text("", encoding="utf-8")
     assert module.stale(wanted, tmp_path) == ["results.md", "img/results-gone.svg"]
+
+
+def test_what_methods_are_tuned_on_holds_no_test_image(tmp_path: Path) -> None:
+    from krdistill.data import load_data
+
+    script, path = _script("tuning"), tmp_path / "tuning.npz"
+    made = script.tuning_data("digits", aside=30, rarest=5)
+    script.write(made, path)
+    read = load_data(path)
+    whole = load_data("digits")
+    places = {part: {f.numpy().tobytes() for f in getattr(whole, part).inputs} for part in ("train", "test")}
+    for part, images in (("train", read.train), ("test", read.test)):
+        rows = {f.numpy().tobytes() for f in images.inputs}
+        assert rows <= places["train"], part
+        assert not rows & (places["test"] - places["train"]), part
+    assert not set(made.train.ids) & set(made.test.ids)
+    assert read.test.counts().tolist() == [30] * 10
+    counts = read.train.counts()
+    assert int(counts[0]) == int(counts.max()) == int(whole.train.counts()[0]) - 30 and int(counts.min()) == 5
+    assert read.train.class_names == whole.train.class_names
