@@ -68,6 +68,7 @@ COLUMNS = (
 )
 # What the default recipe is held against, in the studies that were made for it, and by how many points.
 BAR_STUDIES = {"rivals": "CIFAR-100-LT, imbalance factor 100", "tiny": "Tiny-ImageNet-LT"}
+TUNED = "tuned"  # every method at the setting that `tuning` chose for it
 # The studies of methods against each other, in the overview: what they learned from, by the label of the data.
 OVERVIEW = {
     "rivals": {"": "CIFAR-100-LT, imbalance factor 100"},
@@ -448,7 +449,25 @@ def headline(studies: Mapping[str, Results]) -> str:
             parts.append(f"**{title}.** {_standing(results, place)} All of it: [{name}](#{_anchor(name, results)}).")
             rows = [[bar, figures or "-", f"**{verdict}**"] for bar, figures, verdict in bars(results, place)]
             parts.append(_table(["the default recipe", "difference in points, 95 % interval", "holds"], rows, words=3))
+    if TUNED in studies:
+        parts += [tuned_words(studies[TUNED], place) for place in studies[TUNED]["places"]]
     return "\n\n".join(parts)
+
+
+def tuned_words(results: Results, place: Row) -> str:
+    """How KRDistill stands to the best rival where each of them has the setting that was chosen for it."""
+    recipes = {m["label"] or m["name"]: m["name"] for m in results["study"]["methods"]}
+    ranked = [r for r in ordered(place) if recipes[r["method"]] != "none"]
+    ours = next(r for r in ranked if recipes[r["method"]] == "krdistill")
+    rival = next(r for r in ranked if not recipes[r["method"]].startswith("krdistill"))
+    d, n = gap(ours, rival, ALL), len({recipes[r["method"]] for r in ranked})
+    assert d is not None
+    return (
+        f"**Every method tuned alike** ({n} of them, four settings each, chosen on images that were put aside from the "
+        f"training part): {_text(ours['method'])} {mean_words(ours['metrics'][ALL])}, the best rival "
+        f"{_text(rival['method'])} {mean_words(rival['metrics'][ALL])}; {gap_words(d._asdict())} over it. All of it: "
+        f"[{results['name']}](#{_anchor(results['name'], results)})."
+    )
 
 
 def overview(studies: Mapping[str, Results]) -> str:
