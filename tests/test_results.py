@@ -217,3 +217,18 @@ def test_what_methods_are_tuned_on_holds_no_test_image(tmp_path: Path) -> None:
     counts = read.train.counts()
     assert int(counts[0]) == int(counts.max()) == int(whole.train.counts()[0]) - 30 and int(counts.min()) == 5
     assert read.train.class_names == whole.train.class_names
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks" / "results" / "studies" / "tuned.json").is_file(), reason="not run")
+def test_tuned_methods_have_the_setting_that_was_best_on_the_images_put_aside() -> None:
+    tuning = json.loads((ROOT / "benchmarks" / "results" / "studies" / "tuning.json").read_text(encoding="utf-8"))
+    top1 = {c["method"]: c["result"]["networks"]["student"]["last"]["top1"] for c in tuning["cells"]}
+    assert len(tuning["seeds"]) == 1 and len(top1) == len(tuning["cells"])
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for method in tuning["study"]["methods"]:
+        settings.setdefault(method["name"], []).append(method)
+    best = {recipe: max(tried, key=lambda m: top1[m["label"] or m["name"]]) for recipe, tried in settings.items()}
+    chosen = read_study(ROOT / "benchmarks" / "studies" / "tuned.yaml").model_dump(mode="json")["methods"]
+    assert {m["name"]: m for m in chosen if m["name"] != "none"} == best
+    assert {len(tried) for tried in settings.values()} == {4}  # as many for every method
+    assert all(any(m["label"] is None for m in tried) for tried in settings.values())  # the published one among them
