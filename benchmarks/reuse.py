@@ -7,7 +7,8 @@
 ``lay`` puts committed results of the named methods into the study's folder as finished cells. It refuses a method whose
 options, or a study whose settings, differ. ``NEW=OLD`` says that OLD then was what NEW is now, whatever the file says.
 ``take`` copies what the study came to into ``benchmarks/results/studies``, if its teachers, trained anew, have come to
-every figure of the reused cells' ones: only then are differences paired.
+every figure of the reused cells' ones: only then are differences paired. Figures are held to be the same to twelve
+digits: a mean over thousands of images is summed in another order on another maker's processor.
 
 What it cannot know is whether the code of a method was changed since: name none of those.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,14 +79,14 @@ def take(folder: StudyFolder, sources: Sequence[dict[str, Any]], target: Path = 
         for place in before.keys() & teachers.keys():
             old, new = before[place], teachers[place]
             same_split = old["provenance"]["split_checksum"] == new["provenance"]["split_checksum"]
-            if not same_split or _figures(old) != _figures(new):
+            if not same_split or not _same(_figures(old), _figures(new)):
                 raise SystemExit(f"{source['name']}: the teacher of {place} has come to other figures than before.")
             compared += 1
     if sources and not compared:
         raise SystemExit("No teacher of the study stands in what was reused.")
     path = target / f"{found['name']}.json"
     write_json(path, found)
-    print(f"{path}: {len(found['cells'])} cells; {compared} teachers as before, bit for bit")
+    print(f"{path}: {len(found['cells'])} cells; {compared} teachers as before")
     return path
 
 
@@ -97,6 +99,17 @@ def _figures(teacher: dict[str, Any]) -> Any:
     return [
         (n, teacher["networks"][n]["parameters"], teacher["networks"][n]["last"]) for n in sorted(teacher["networks"])
     ]
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two nested values are the same, numbers to twelve digits."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_same(old[k], new[k]) for k in old)
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-12)
+    return bool(old == new)
 
 
 def main() -> None:
