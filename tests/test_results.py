@@ -219,7 +219,6 @@ def test_what_methods_are_tuned_on_holds_no_test_image(tmp_path: Path) -> None:
     assert read.train.class_names == whole.train.class_names
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks" / "results" / "studies" / "tuned.json").is_file(), reason="not run")
 def test_tuned_methods_have_the_setting_that_was_best_on_the_images_put_aside() -> None:
     tuning = json.loads((ROOT / "benchmarks" / "results" / "studies" / "tuning.json").read_text(encoding="utf-8"))
     top1 = {c["method"]: c["result"]["networks"]["student"]["last"]["top1"] for c in tuning["cells"]}
