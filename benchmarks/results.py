@@ -700,8 +700,8 @@ Tail: the few-shot classes, or the rarest third where the groups are thirds.
 {scale_words(studies)}
 The paper's equations are not public: what is measured here is our formulation of its two losses, and none of it can be
 held against the paper's own tables. The defaults were chosen on the test images; what was chosen by one study is
-confirmed where another data set or imbalance factor says the same. Which of four settings a method has in `tuned` was chosen
-without them.
+confirmed where another data set or imbalance factor says the same. Which of four settings a method has in `tuned` was
+chosen without them.
 
 Runs of paper size (240 epochs; ResNet-32x4 to ResNet-8x4 and three other pairs, three imbalance factors, three seeds)
 have not been made. They need a GPU; the commands are ready, and have been run for an epoch of a few images:
