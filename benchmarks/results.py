@@ -460,7 +460,7 @@ def headline(studies: Mapping[str, Results]) -> str:
 def tuned_words(results: Results, place: Row) -> str:
     """How KRDistill stands to the best rival where each of them has the setting that was chosen for it."""
     recipes = {m["label"] or m["name"]: m["name"] for m in results["study"]["methods"]}
-    ranked = [r for r in ordered(place) if recipes[r["method"]] != "none"]
+    ranked = ordered(place)
     ours = next(r for r in ranked if recipes[r["method"]] == "krdistill")
     rival = next(r for r in ranked if not recipes[r["method"]].startswith("krdistill"))
     d, n = gap(ours, rival, ALL), len({recipes[r["method"]] for r in ranked})
