@@ -18,6 +18,7 @@ ARGUMENTS = [
     "digits-lt", "--teacher.model", "resnet8w8", "--student.model", "resnet8w8", "--train.epochs", "2",
     "--train.batch_size", "49", "--train.evaluate_every", "1", "--baselines", "kd", "--bank.views", "2",
     "--export.onnx", "false", "--device", "cpu",
+    "--train.lr", "0.005",  # small steps: larger ones make a thousandth of a last bit within two epochs
     "--recipe.prior", "label",  # re-fitting a classifier makes more of the last bits, in which W processes differ
 ]  # fmt: skip
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

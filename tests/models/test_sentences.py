@@ -77,7 +77,8 @@ def test_networks_see_the_sentence_and_nothing_behind_it(name: str) -> None:
     together = network(rows(texts, 11))
     assert together.isfinite().all() and len({tuple(z.tolist()) for z in together}) == len(texts)
     for text, z in zip(texts, together, strict=True):
-        torch.testing.assert_close(network(rows([text]))[0], z, rtol=1e-4, atol=1e-5)
+        scale = float(z.detach().abs().max())  # 16 for a word said 300 times: larger last bits
+        torch.testing.assert_close(network(rows([text]))[0], z, rtol=0, atol=1e-5 * max(1.0, scale))
     assert network(rows([""])).isfinite().all()
 
 
