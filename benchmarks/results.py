@@ -59,6 +59,7 @@ FIRST = (
     "design-tau-text",
     "design-tau-rows",
     "design-teachers",
+    "design-overtrained",
     "design-teachers-text",
 )
 ALL, BALANCED, FEW = "last.top1", "last.balanced_accuracy", "last.groups.shot.few"
