@@ -78,9 +78,9 @@ TUNED = "tuned"  # every method at the setting that `tuning` chose for it
 # The studies of methods against each other, in the overview: what they learned from, by the label of the data.
 OVERVIEW = {
     "rivals": {"": "CIFAR-100-LT, imbalance factor 100"},
+    "rivals-trained": {"": "CIFAR-100-LT, imbalance factor 100, a teacher trained to the end"},
     "rivals-if50": {"": "CIFAR-100-LT, imbalance factor 50"},
     "rivals-if10": {"": "CIFAR-100-LT, imbalance factor 10"},
-    "rivals-trained": {"": "CIFAR-100-LT, imbalance factor 100, a teacher trained to the end"},
     "tiny": {"": "Tiny-ImageNet-LT, imbalance factor 100"},
     "text": {"": "Banking77-LT (sentences), imbalance factor 50"},
     "features": {"": "digits as rows of numbers, imbalance factor 30"},

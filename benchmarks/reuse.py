@@ -8,9 +8,8 @@
 options, or a study whose settings, differ. ``NEW=OLD`` says that OLD then was what NEW is now, whatever the file says.
 ``take`` copies what the study came to into ``benchmarks/results/studies``, if its teachers, trained anew, have come to
 every figure of the reused cells' ones: only then are differences paired. Figures are held to be the same to twelve
-digits: a mean over thousands of images is summed in another order on another maker's processor.
-A processor with other vector instructions (AVX2 where it was AVX-512) trains another teacher, and is refused: what has
-grown is run anew there.
+digits: a mean over thousands of images is summed in another order on another maker's processor. A processor with other
+vector instructions (AVX2 where it was AVX-512) trains another teacher, and is refused: the study is run anew there.
 
 What it cannot know is whether the code of a method was changed since: name none of those.
 """
