@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from krdistill import stages
+from krdistill import objective, stages
 from krdistill.config import load_config
 from krdistill.distiller import Distiller
 from krdistill.errors import ArgumentError, ConfigError, DataError, KrdistillError, ModelError, RunFolderError
 from krdistill.events import Events
 from krdistill.models.network import load_network
 from krdistill.pipeline import estimate_seconds, prepare, run
+from krdistill.pipeline import teacher as teacher_stages
 from krdistill.runfolder import RunFolder
+from krdistill.training import loop
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -149,6 +151,28 @@ def test_a_killed_training_goes_on_and_ends_the_same(
     assert json.loads((folder / "metrics.json").read_text()) == json.loads((finished / "metrics.json").read_text())
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["stage"] == "student"] == [1, 2]
+
+
+def test_the_estimate_fits_nothing_and_the_training_set_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier of a thousand classes takes minutes to fit, and a pass over a large training set hours."""
+    fitted, asked = [], []
+    fit, collected = objective.refit_classifier, loop.collect
+    monkeypatch.setattr(objective, "refit_classifier", lambda *a, **o: fitted.append(o["device"]) or fit(*a, **o))
+    plan = prepare(load_config({**SMALL, "recipe": {"name": "krdistill"}}))
+    assert set(estimate_seconds(plan, tmp_path / "run")) >= {"teacher", "student"}
+    assert not fitted
+
+    def counted(network: torch.nn.Module, data: Any, *rest: Any, **options: Any) -> Any:
+        asked.append((network, data))
+        return collected(network, data, *rest, **options)
+
+    for module in (loop, teacher_stages):
+        monkeypatch.setattr(module, "collect", counted)
+    run(plan, tmp_path / "run")
+    assert fitted == [plan.device], "once for a run, where the run works"
+    assert sum(data is plan.data.train for _, data in asked) == 1
 
 
 def test_a_folder_with_another_run_is_refused_and_untouched(finished: Path, tmp_path: Path) -> None:

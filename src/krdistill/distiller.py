@@ -132,7 +132,7 @@ class Distiller:
         task = stages.build_task(
             self.recipe, self.options, student, bundle, self.prior_, self.groups_, teacher=self.teacher_,
             profile=profile, answers=answers, experts=experts, sampler=self.train.sampler,
-            label_smoothing=self.train.label_smoothing, seed=self.seed,
+            label_smoothing=self.train.label_smoothing, seed=self.seed, device=self.device,
         )  # fmt: skip
         if self._bank is not None and self.teacher_ is not None:
             answers = self._build_bank(Path(self._bank), bundle, self.teacher_)

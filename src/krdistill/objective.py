@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, unknown_name
@@ -51,13 +52,14 @@ class TeacherProfile:
     features: Tensor
     labels: Tensor
 
-    def refitted(self, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    def refitted(self, tau: float = 1.0, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Weight ``(K, D)`` and bias ``(K,)`` of :func:`krdistill.rectify.refit_classifier` on its features.
 
         Found once for a tau: diagnosis, every student and the evaluation ask for it.
         """
         if tau not in self._refits:
-            self._refits[tau] = refit_classifier(self.features, self.labels, len(self.class_means), tau=tau)
+            K = len(self.class_means)
+            self._refits[tau] = refit_classifier(self.features, self.labels, K, tau=tau, device=device)
         return self._refits[tau]
 
     @cached_property
@@ -85,6 +87,7 @@ class ObjectiveContext:
         teacher_maps: channels of the teacher's stages.
         labels: of the training images, ``(N,)``, for methods that keep a memory of every image.
         teacher_head: the teacher's last linear layer, for methods that use it again.
+        device: where what is fitted to many features of the teacher is fitted; by default where they are.
     """
 
     prior: ClassPrior
@@ -98,6 +101,7 @@ class ObjectiveContext:
     teacher_maps: tuple[int, ...] = ()
     labels: Tensor | None = None
     teacher_head: nn.Linear | None = None
+    device: torch.device | None = None
 
     def labels_term(self, classification: str, weight: float = 1.0) -> Term:
         """The classification loss as a term; the class prior in it is that of the draws."""

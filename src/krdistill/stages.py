@@ -35,11 +35,12 @@ from .rectify import class_means, remove_prior
 from .rectify.second_stage import apply_second_stage
 from .rng import derive_seed
 from .sampling import Sampling
-from .training.loop import DivergedError, EpochRecord, Trainer, collect_outputs
+from .training.loop import DivergedError, EpochRecord, Trainer, collect_features, collect_outputs
 from .training.task import Task, best_device
 
 CHECKPOINT_SECONDS = 20.0
-MAX_VIEW_VALUES = 32_000_000  # logits kept of a teacher's profile: 128 MB of float32
+MAX_VIEW_VALUES = 32_000_000  # logits kept in a teacher's profile: 128 MB of float32
+MAX_FEATURE_VALUES = 1 << 28  # features kept in it, which a classifier is fitted on: 1 GiB, all of ImageNet-LT at 2,048
 
 
 class StoppedError(KrdistillError):
@@ -219,15 +220,30 @@ def train_teacher(
 
 
 def profile_teacher(
-    teacher: Teacher, data: DataBundle, *, seed: int = 0, device: torch.device | None = None, world: World | None = None
+    teacher: Teacher,
+    data: DataBundle,
+    *,
+    features: Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    world: World | None = None,
 ) -> TeacherProfile:
     """Measures what rectification needs to know of a teacher.
 
     Class means come from the training images as they are. The teacher's own prior and the automatic tau come from
     images it was not fitted to: the validation part where there is one, else strongly augmented training images.
+
+    Args:
+        teacher: as it is.
+        data: training images, and validation images where there are any.
+        features: the teacher's of the training images, ``(N, D)``, where they are known already.
+        seed: of the augmentation.
+        device: where the teacher works.
+        world: the processes that share the work.
     """
     device = device or best_device("auto")
-    _, features = collect_outputs(teacher, data.train, device=device, world=world)
+    if features is None:
+        features = collect_features(teacher, data.train, device=device, world=world)
     if data.val is not None:
         views, words = data.val, f"validation {NOUNS[data.val.kind]}"
     else:
@@ -256,7 +272,7 @@ def _profile(features: Tensor, train: Examples, logits: Tensor, labels: Tensor, 
         means = class_means(features, train.labels, train.num_classes)
     else:
         means = features.new_zeros(train.num_classes, 0)
-    kept = _some_of_each(train.labels, max(train.num_classes, MAX_VIEW_VALUES // max(1, features.shape[1])))
+    kept = _some_of_each(train.labels, max(train.num_classes, MAX_FEATURE_VALUES // max(1, features.shape[1])))
     return TeacherProfile(means, logits, labels, words, features[kept], train.labels[kept])
 
 
@@ -322,6 +338,7 @@ def build_task(
     sampler: Sampling | Literal["recipe"] = "recipe",
     label_smoothing: float = 0.0,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Task:
     """What a recipe trains: the student (with another head where the recipe gives it one), objective and teacher.
 
@@ -340,6 +357,7 @@ def build_task(
             of the draws.
         label_smoothing: of the classification loss.
         seed: of anchors and projectors.
+        device: where a classifier is fitted to many features of the teacher; by default where they are, on the CPU.
     """
     asks = "teacher" in recipe.needs
     if asks and (profile is None or (teacher is None and answers is None)):
@@ -364,6 +382,7 @@ def build_task(
         seed=seed,
         sampler=recipe.drawn(sampler),
         label_smoothing=label_smoothing,
+        device=device,
         student_maps=student.map_channels,
         teacher_maps=teacher.network.map_channels if asks and teacher is not None else (),
         labels=data.train.labels,
@@ -411,9 +430,9 @@ def balance_head(
     Args:
         network: trained.
         data: training images; ``tau-norm`` chooses its tau on the validation part.
-        method: ``none``, ``crt``, ``tau-norm``, ``lws`` or ``ncm``.
+        method: ``none``, ``balanced-softmax``, ``crt``, ``tau-norm``, ``lws`` or ``ncm``.
         seed: of the images' order.
-        device: where the features are computed.
+        device: where the features are computed, and a large balanced softmax is fitted.
 
     Returns:
         What was done, for the record.
@@ -424,12 +443,14 @@ def balance_head(
     if type(head) is not nn.Linear:
         raise ModelError(f"second_stage {method!r} balances a plain linear head, got {type(head).__name__}.")
     device = device or best_device("auto")
-    _, features = collect_outputs(network, data.train, device=device, world=world)
+    features = collect_features(network, data.train, device=device, world=world)
     options: dict[str, Any] = {}
     if method == "tau-norm":
         if data.val is None:
             raise DataError("second_stage 'tau-norm' needs held-out examples to choose its tau; set data.val_fraction.")
-        options["held_out"] = (collect_outputs(network, data.val, device=device, world=world)[1], data.val.labels)
+        options["held_out"] = (collect_features(network, data.val, device=device, world=world), data.val.labels)
+    elif method == "balanced-softmax":
+        options["device"] = device
     elif method in ("crt", "lws"):
         options["seed"] = derive_seed(seed, "second-stage") % 2**31
     found = apply_second_stage(head, method, features, data.train.labels, **options)  # type: ignore[arg-type]

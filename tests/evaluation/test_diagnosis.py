@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from krdistill.errors import ArgumentError
-from krdistill.evaluation import diagnose_teacher
+from krdistill.evaluation import diagnose_teacher, predictions
 from krdistill.priors import ClassGroups, ClassPrior
 
 COUNTS = [400, 300, 150, 60, 30, 12, 8, 4]
@@ -78,8 +78,8 @@ def test_bias_shows_and_rectification_takes_it_away() -> None:
     logits, labels, prior, groups = setting(lean=1.0)
     train_logits, train_labels = biased(prior, COUNTS, 1.0, seed=5, skill=3.0)
     got = diagnose_teacher(
-        logits, labels, prior, groups, rectified_logits=logits - prior.log_prior.float(), train_logits=train_logits,
-        train_labels=train_labels,
+        logits, labels, prior, groups, rectified_logits=logits - prior.log_prior.float(),
+        train_predictions=predictions(train_logits), train_labels=train_labels,
     )  # fmt: skip
     before, after = got["before"], got["after"]
     assert before["groups"]["few"]["ratio"] < 0.5 < 1.5 < before["groups"]["many"]["ratio"]
@@ -116,7 +116,7 @@ def test_a_teacher_that_never_errs_on_its_training_images() -> None:
     logits, labels, prior, groups = setting()
     train_labels = torch.repeat_interleave(torch.arange(8), prior.counts)
     got = diagnose_teacher(
-        logits, labels, prior, groups, train_logits=torch.eye(8)[train_labels], train_labels=train_labels
+        logits, labels, prior, groups, train_predictions=train_labels.clone(), train_labels=train_labels
     )
     assert got["training"] == {"images": sum(COUNTS), "error": 0.0, "groups": {"many": 0.0, "medium": 0.0, "few": 0.0}}
     assert "hardly ever" in got["verdict"][-1]
@@ -158,14 +158,21 @@ def test_balanced_training_images_have_no_correlation() -> None:
 
 def test_bad_input_is_named() -> None:
     logits, labels, prior, groups = setting()
-    with pytest.raises(ArgumentError, match="train_logits and train_labels together"):
-        diagnose_teacher(logits, labels, prior, groups, train_logits=logits)
+    with pytest.raises(ArgumentError, match="train_predictions and train_labels together"):
+        diagnose_teacher(logits, labels, prior, groups, train_predictions=labels)
     with pytest.raises(ArgumentError, match="rectified logits of the same images"):
         diagnose_teacher(logits, labels, prior, groups, rectified_logits=logits[:5])
-    with pytest.raises(ArgumentError, match="1 of 400 rows of the training logits"):
-        broken = logits.clone()
-        broken[9] = math.nan
-        diagnose_teacher(logits, labels, prior, groups, train_logits=broken, train_labels=labels)
+    broken = logits.clone()
+    broken[9, 3] = math.nan
+    predicted = predictions(broken)
+    assert predicted[9] == -1 and torch.equal(predicted[:9], logits[:9].argmax(1))
+    with pytest.raises(ArgumentError, match=r"1 of 400 are of logits that hold NaN or infinity \(the first is row 9\)"):
+        diagnose_teacher(logits, labels, prior, groups, train_predictions=predicted, train_labels=labels)
+    for wrong in (logits, labels[:-1], labels.float()):
+        with pytest.raises(ArgumentError, match="train_predictions: expected an integer tensor"):
+            diagnose_teacher(logits, labels, prior, groups, train_predictions=wrong, train_labels=labels)
+    with pytest.raises(ArgumentError, match="at least one training image"):
+        diagnose_teacher(logits, labels, prior, groups, train_predictions=labels[:0], train_labels=labels[:0])
     with pytest.raises(ArgumentError, match="got none"):
         diagnose_teacher(logits[:0], labels[:0], prior, groups)
     with pytest.raises(ArgumentError, match=r"Expected names and groups of 7 classes"):

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from krdistill.errors import ArgumentError, DataError
 from krdistill.outputs import Outputs
+from krdistill.rectify import classifier_refit
 from krdistill.rectify.classifier_refit import RefittedTeacher, refit_classifier
 
 COUNTS = (120, 40, 6)
@@ -119,3 +120,64 @@ def test_bad_input() -> None:
         refit_classifier(_samples()[0], labels, 3, weight_decay=0)
     with pytest.raises(ArgumentError):
         refit_classifier(_samples()[0], labels[:-1], 3)
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fit is a large one, of which 7 rows of 3 classes are in work at once."""
+    monkeypatch.setattr(classifier_refit, "_WHOLE", 0)
+    monkeypatch.setitem(classifier_refit._PIECE, "cpu", 21)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_in_pieces_it_finds_the_same(bias: bool, weighted: bool, request: pytest.FixtureRequest) -> None:
+    features, labels = _samples()
+    options = {
+        "bias": bias,
+        "weight_decay": 1e-2,
+        "row_weights": torch.linspace(0, 2, len(labels)) if weighted else None,
+    }
+    whole = refit_classifier(features, labels, 3, **options)
+    request.getfixturevalue("in_pieces")
+    before = features.clone()
+    pieces = refit_classifier(features, labels, 3, **options)
+    assert torch.equal(features, before), "the caller's features are the caller's"
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+    halves = refit_classifier(features.half(), labels, 3, **options)
+    assert halves[0].dtype == halves[1].dtype == torch.float32
+    torch.testing.assert_close(whole[0], halves[0], atol=2e-2, rtol=2e-2)
+
+
+def test_in_pieces_no_matrix_of_all_logits_is_made(in_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = _samples()
+    made = []
+    softmax = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda z, dim: made.append(tuple(z.shape)) or softmax(z, dim))
+    refit_classifier(features, labels, 3, weight_decay=1e-2)
+    assert set(made) == {(7, 3), (len(labels) % 7, 3)} and all(z.numel() <= 21 for z in map(torch.empty, made))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_class_of_a_hundred_thousandth_of_the_rows_is_fitted_too(large: bool, request: pytest.FixtureRequest) -> None:
+    """Its part of the gradient is below the usual tolerance from the start."""
+    if large:
+        request.getfixturevalue("in_pieces")
+        classifier_refit._PIECE["cpu"] = 90_000
+    labels = torch.tensor([0] * 100_000 + [1] * 100_000 + [2])
+    features = torch.eye(3)[labels]
+    weight, bias = refit_classifier(features, labels, 3, weight_decay=1e-9)
+    assert (torch.eye(3) @ weight.T + bias).argmax(1).tolist() == [0, 1, 2]
+    log_prior = labels.bincount().double().div(len(labels)).log()
+    assert float((weight[:, 2].double() + bias + log_prior).softmax(0)[2]) > 0.5
+
+
+@pytest.mark.parametrize(("K", "weight_decay"), [(3, 1e-5), (100, 1e-5), (400, 2.5e-6)])
+def test_the_default_penalty_is_smaller_where_classes_are_many(K: int, weight_decay: float) -> None:
+    labels = torch.arange(2 * K) % K
+    features = torch.randn(2 * K, 4, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        refit_classifier(features, labels, K, max_steps=5, **o) for o in ({}, {"weight_decay": weight_decay})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

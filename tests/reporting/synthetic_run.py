@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 
-from krdistill.evaluation import diagnose_teacher, evaluate_predictions, prediction_record
+from krdistill.evaluation import diagnose_teacher, evaluate_predictions, prediction_record, predictions
 from krdistill.files import write_json
 from krdistill.priors import ClassPrior
 
@@ -54,7 +54,7 @@ def build_run(
     train_labels = torch.repeat_interleave(torch.arange(K), prior.counts)
     diagnosis = diagnose_teacher(
         plain, labels, prior, division, rectified_logits=rectified,
-        train_logits=logits(train_labels, 6.5, 0.5), train_labels=train_labels,
+        train_predictions=predictions(logits(train_labels, 6.5, 0.5)), train_labels=train_labels,
     )  # fmt: skip
     arrays: dict[str, np.ndarray] = {"labels": labels.numpy().astype(np.int32)}
 

@@ -16,9 +16,17 @@ from krdistill.data.containers import ImageData
 from krdistill.models.network import Network, build_network
 from krdistill.models.teacher import Teacher
 from krdistill.objective import Objective, ObjectiveContext, TeacherProfile, classification_term
+from krdistill.outputs import Outputs
 from krdistill.priors import ClassPrior
 from krdistill.recipes import recipe
-from krdistill.training.loop import DivergedError, Trainer, collect_outputs, training_precision
+from krdistill.training.loop import (
+    DivergedError,
+    Trainer,
+    collect,
+    collect_features,
+    collect_outputs,
+    training_precision,
+)
 from krdistill.training.optim import build_optimizer, learning_rate
 from krdistill.training.task import Task
 
@@ -80,6 +88,24 @@ def test_it_learns() -> None:
     logits, features = collect_outputs(task.network, _data(), device=CPU)
     assert (logits.argmax(1) == _data().labels).float().mean() == 1.0
     assert features.shape == (60, task.network.feature_dim)
+
+
+def test_what_is_wanted_is_collected_and_nothing_else() -> None:
+    network, data = _supervised().network, _data()
+    logits, features = collect_outputs(network, data, device=CPU)
+    held: list[torch.Tensor] = []
+
+    def wanted(out: Outputs) -> tuple[torch.Tensor, ...]:
+        assert not network.training and not torch.is_grad_enabled()
+        held.append(out.logits)
+        return out.logits.argmax(1), out.logits[:, :2, None]
+
+    done: list[tuple[int, int]] = []
+    found = collect(network, data, wanted, device=CPU, batch_size=25, on_step=lambda i, n: done.append((i, n)))
+    assert [len(z) for z in held] == [25, 25, 10] and done == [(25, 60), (50, 60), (60, 60)]
+    assert found[0].dtype == torch.int64 and torch.equal(found[0], logits.argmax(1))
+    torch.testing.assert_close(found[1], logits[:, :2, None])  # batches of another size round otherwise
+    assert torch.equal(collect_features(network, data, device=CPU), features)
 
 
 @pytest.mark.parametrize("name", ["krdistill", "kd"])

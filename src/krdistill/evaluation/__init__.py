@@ -3,7 +3,7 @@
 from .abstaining import coverage_table
 from .calibration import evaluate_calibration
 from .cost import multiply_accumulates
-from .diagnosis import diagnose_teacher
+from .diagnosis import diagnose_teacher, predictions
 from .metrics import confusion_matrix, evaluate_predictions, prediction_record, reliability_curve
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "evaluate_predictions",
     "multiply_accumulates",
     "prediction_record",
+    "predictions",
     "reliability_curve",
 ]

@@ -8,9 +8,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from .._checks import check_labels, describe
 from ..errors import ArgumentError
 from ..priors import ClassGroups, ClassPrior
-from .metrics import check_predictions, chunks, evaluate_predictions
+from .metrics import chunks, evaluate_predictions
 
 FAIR = (0.9, 1.1)  # a group whose share of the probability lies in here is called fairly treated
 RARE = 0.01  # an error rate below this is called "almost never"
@@ -23,7 +24,7 @@ def diagnose_teacher(
     groups: ClassGroups,
     *,
     rectified_logits: Tensor | None = None,
-    train_logits: Tensor | None = None,
+    train_predictions: Tensor | None = None,
     train_labels: Tensor | None = None,
 ) -> dict[str, Any]:
     r"""Measures how a teacher spreads its probability over the classes.
@@ -41,7 +42,7 @@ def diagnose_teacher(
         prior: the class prior of the training images.
         groups: the groups of classes.
         rectified_logits: the same images' rectified logits, shape ``(N, K)``.
-        train_logits: the teacher's plain logits on its own training images, shape ``(M, K)``.
+        train_predictions: the teacher's plain :func:`predictions` on its own training images, shape ``(M,)``.
         train_labels: their classes, shape ``(M,)``.
 
     Returns:
@@ -61,15 +62,15 @@ def diagnose_teacher(
 
         ``classes`` K and ``images`` N; ``training``: ``{"images", "error", "groups"}``, the share of the teacher's own
         training images that its plain prediction gets wrong, over all images and by group (mean over classes), which is
-        how often error correction of plain logits fires; None without ``train_logits``. ``verdict``: the same in
+        how often error correction of plain logits fires; None without ``train_predictions``. ``verdict``: the same in
         sentences.
 
     Raises:
         ArgumentError: shapes that do not fit, no images, labels out of range, logits that are not finite, only one of
-            ``train_logits`` and ``train_labels``.
+            ``train_predictions`` and ``train_labels``.
     """
-    if (train_logits is None) != (train_labels is None):
-        raise ArgumentError("Expected train_logits and train_labels together, got one of them.")
+    if (train_predictions is None) != (train_labels is None):
+        raise ArgumentError("Expected train_predictions and train_labels together, got one of them.")
     if rectified_logits is not None and rectified_logits.shape != logits.shape:
         raise ArgumentError(
             f"Expected rectified logits of the same images, shape {tuple(logits.shape)}, got "
@@ -78,8 +79,8 @@ def diagnose_teacher(
     before = _view(logits, labels, prior, groups)
     after = None if rectified_logits is None else _view(rectified_logits, labels, prior, groups)
     training = None
-    if train_logits is not None and train_labels is not None:
-        training = _training(train_logits, train_labels, prior, groups)
+    if train_predictions is not None and train_labels is not None:
+        training = _training(train_predictions, train_labels, groups)
     return {
         "classes": logits.shape[1],
         "images": len(labels),
@@ -132,11 +133,30 @@ def _view(logits: Tensor, labels: Tensor, prior: ClassPrior, groups: ClassGroups
     }
 
 
-def _training(logits: Tensor, labels: Tensor, prior: ClassPrior, groups: ClassGroups) -> dict[str, Any]:
-    check_predictions(logits, labels, "training ")  # so that the message says which images
-    scores = evaluate_predictions(logits, labels, groups, class_names=prior.class_names)
-    errors = {n: None if g["accuracy"] is None else 1.0 - g["accuracy"] for n, g in scores["groups"].items()}
-    return {"images": len(labels), "error": 1.0 - scores["top1"], "groups": errors}
+def predictions(logits: Tensor) -> Tensor:
+    """The class of the largest logit, ``(N,)``, int64; -1 where a row ``(K,)`` is not finite, as a broken network's."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def _training(predicted: Tensor, labels: Tensor, groups: ClassGroups) -> dict[str, Any]:
+    K = len(groups.index)
+    if not isinstance(predicted, Tensor) or predicted.shape != labels.shape or predicted.is_floating_point():
+        raise ArgumentError(
+            f"train_predictions: expected an integer tensor of the shape of train_labels, {tuple(labels.shape)}, "
+            f"but got {describe(predicted)}."
+        )
+    predicted, labels = predicted.cpu(), check_labels(labels.cpu(), len(labels), K)
+    if not len(labels):
+        raise ArgumentError("Expected at least one training image, got none. Is this part of the data empty?")
+    broken = (predicted < 0).nonzero().flatten()
+    if len(broken):
+        raise ArgumentError(
+            f"train_predictions: {len(broken)} of {len(labels)} are of logits that hold NaN or infinity (the first is "
+            f"row {int(broken[0])}). The network diverged, or its input is broken."
+        )
+    wrong = (predicted != labels).double()
+    rates = torch.bincount(labels, weights=wrong, minlength=K) / torch.bincount(labels, minlength=K)
+    return {"images": len(labels), "error": float(wrong.mean()), "groups": groups.mean_over(rates)}
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float | None:

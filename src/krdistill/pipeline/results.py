@@ -66,7 +66,9 @@ def evaluation_stage(
         if answer is not None:
             scores = evaluate_predictions(answer.logits, test.labels, plan.groups, class_names=test.class_names)
             metrics["teacher"] = describe("teacher", scores, answer.logits, network, "teacher")
-            context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
+            context = ObjectiveContext(
+                prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile, device=plan.device
+            )
             fixed, how = rectified_answers(answer, plan.options, context)
             scores = evaluate_predictions(fixed, test.labels, plan.groups, class_names=test.class_names)
             metrics["teacher_rectified"] = {

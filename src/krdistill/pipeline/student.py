@@ -35,7 +35,7 @@ def student_stage(
         task = build_task(
             recipe, options, student, plan.data, plan.prior, plan.groups, teacher=teacher, profile=profile,
             answers=answers, experts=_experts(folder, plan, events) if "experts" in recipe.needs else None,
-            sampler=train.sampler, label_smoothing=train.label_smoothing, seed=seed,
+            sampler=train.sampler, label_smoothing=train.label_smoothing, seed=seed, device=plan.device,
         )  # fmt: skip
         trained = distil(
             task, plan.data, plan.groups, train, second_stage=plan.config.student.second_stage, seed=seed,

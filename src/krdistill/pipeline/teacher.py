@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RunFolderError
-from ..evaluation import diagnose_teacher
+from ..evaluation import diagnose_teacher, predictions
 from ..events import Events
 from ..files import check_unpacked, read_json, replacing
 from ..kinds import NOUNS
@@ -19,7 +19,7 @@ from ..objective import ObjectiveContext, TeacherProfile
 from ..outputs import Outputs
 from ..runfolder import DIAGNOSIS, DONE, PROFILE, PROVENANCE, RunFolder
 from ..stages import profile_answers, profile_teacher, rectified_answers, train_teacher
-from ..training.loop import collect_outputs
+from ..training.loop import collect, collect_outputs
 from .folder import keep_network, stop_here
 from .plan import Plan, given_teacher, load_stored, model_asked, teacher_runs
 
@@ -73,13 +73,15 @@ def diagnosis_stage(
     with folder.timed("diagnosis"):
         if teacher is not None:
             where: dict[str, Any] = {"device": plan.device, "world": folder.world}
-            profile = profile_teacher(teacher, plan.data, seed=plan.config.seed, **where)
+            features, predicted = collect(
+                teacher, plan.data.train, lambda out: (out.feature.float(), predictions(out.logits)), **where
+            )
+            profile = profile_teacher(teacher, plan.data, features=features, seed=plan.config.seed, **where)
             answer = Outputs(*collect_outputs(teacher, plan.data.test, **where))
-            train_logits, _ = collect_outputs(teacher, plan.data.train, **where)
         else:
             assert plan.answers is not None
             profile = profile_answers(plan.answers, plan.data)
-            train_logits = plan.answers.train.logits
+            predicted = predictions(plan.answers.train.logits)
             if plan.answers.test is None:
                 events.note(
                     f"The stored answers are about none of the test {NOUNS[plan.data.test.kind]}: the teacher itself "
@@ -90,11 +92,13 @@ def diagnosis_stage(
         if folder.writes:
             with replacing(stored) as part, part.open("wb") as file:
                 torch.save({f.name: getattr(profile, f.name) for f in fields(profile)}, file)
-        context = ObjectiveContext(prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile)
+        context = ObjectiveContext(
+            prior=plan.prior, groups=plan.groups, student_dim=1, teacher=profile, device=plan.device
+        )
         rectified, how = rectified_answers(answer, plan.options, context)
         diagnosis = diagnose_teacher(
             answer.logits, plan.data.test.labels, plan.prior, plan.groups, rectified_logits=rectified,
-            train_logits=train_logits, train_labels=plan.data.train.labels,
+            train_predictions=predicted, train_labels=plan.data.train.labels,
         )  # fmt: skip
         folder.write_json(
             f"teacher/{DIAGNOSIS}",

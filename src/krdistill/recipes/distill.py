@@ -145,7 +145,7 @@ def refitted_teacher(context: ObjectiveContext, tau: float | str = 1.0) -> Refit
             "prior 'refit' fits a classifier on the teacher's features, and it shows none. Name the tensor that holds "
             "them with teacher.tap, store them with its answers, or take prior 'label' and feature_weight 0."
         )
-    return RefittedTeacher(*teacher.refitted(float(tau)))
+    return RefittedTeacher(*teacher.refitted(float(tau), context.device))
 
 
 def resolve_tau(options: DistillOptions, context: ObjectiveContext) -> tuple[Tensor, float]:

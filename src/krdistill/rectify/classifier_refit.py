@@ -11,6 +11,11 @@ from .._checks import check_finite, check_integer, check_labels, check_matrix, c
 from ..errors import DataError
 from ..outputs import Outputs
 
+_WHOLE = 1 << 26  # logits, N * K, that are held at once in float64: half a GiB
+_PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits in work at once beyond that: what a cache holds, and 256 MiB
+_TOLERANCE = 1e-5  # of the largest entry of the gradient
+_SHARE = 0.05  # of a class's share of the rows, which bounds its gradient: else a rare class would count as fitted
+
 
 def refit_classifier(
     features: Tensor,
@@ -19,9 +24,10 @@ def refit_classifier(
     *,
     bias: bool = True,
     tau: float = 1.0,
-    weight_decay: float = 1e-5,
+    weight_decay: float | None = None,
     max_steps: int = 200,
     row_weights: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A linear classifier on frozen features, fitted with balanced softmax: no class prior is in it.
 
@@ -32,16 +38,24 @@ def refit_classifier(
     A larger penalty takes from the tail first, whose images count little in the mean. The problem is convex and its
     solution depends neither on the features' scale nor on a learning rate or a seed.
 
+    Up to N K = 2^26 the fit is done on the CPU in float64. A larger one is done on ``device`` in float32, some rows at
+    a time, and takes a copy of the features, a few MiB (some 256 on a GPU), and 25 times the classifier in float64 for
+    L-BFGS, which stays on the CPU. It ends where no entry of the gradient exceeds 1e-5, or a twentieth of the rarest
+    class's share of the rows where that is less: a rare class's gradient is no larger than its share.
+
     Args:
         features: f, of training images, shape ``(N, D)``.
         labels: y, shape ``(N,)``; pi are their frequencies.
         num_classes: K; every class needs a row.
         bias: false leaves b at zero.
         tau: how much of the prior the loss holds: 1 is balanced softmax; more gives rare classes a larger margin.
-        weight_decay: lambda > 0.
+        weight_decay: lambda > 0; by default 1e-5, and 1e-3 / K for more than 100 classes. The more classes, the smaller
+            the part of the mean that an image of a rare one has: at K = 1,000 a fixed 1e-5 leaves the rarest third
+            hardly fitted.
         max_steps: of L-BFGS. With so small a penalty it ends before the last digits are settled: features that differ
             in their last bits, as another machine's do, give logits that differ by some hundredths.
         row_weights: what every row counts in the mean, shape ``(N,)``, >= 0; all alike where None. pi stays as it is.
+        device: of a large fit; by default that of the features.
 
     Returns:
         Weight ``(K, D)``, for features as they are (1 / r is in it), and bias ``(K,)``, of mean 0; float32, on the CPU.
@@ -50,6 +64,8 @@ def refit_classifier(
         ArgumentError: arguments that do not fit, or features that are not finite.
         DataError: a class without a row, or features that are all zero.
 
+    Cost: 4 N K D operations a step, up to 200 steps and some more; `benchmarks/refit.py` measures it.
+
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, arXiv 2007.10740 (the
     loss); Kang et al., "Decoupling Representation and Classifier", ICLR 2020, arXiv 1910.09217 (re-training alone).
     Deviation: fitted to its optimum with an L2 penalty, where cRT takes some epochs of class-balanced draws.
@@ -57,7 +73,7 @@ def refit_classifier(
     K = check_integer("num_classes", num_classes, at_least=2)
     check_finite("features", check_matrix("features", features, "(N, D)"))
     labels = check_labels(labels.cpu() if isinstance(labels, Tensor) else labels, features.shape[0], K).long()
-    weight_decay = check_number("weight_decay", weight_decay, above=0)
+    weight_decay = min(1e-5, 1e-3 / K) if weight_decay is None else check_number("weight_decay", weight_decay, above=0)
     shares = None
     if row_weights is not None:
         row_weights = check_per_class("row_weights", row_weights, len(labels), low=0, expected="numbers >= 0")
@@ -68,30 +84,47 @@ def refit_classifier(
     counts = torch.bincount(labels, minlength=K)
     if missing := (counts == 0).nonzero().flatten().tolist():
         raise DataError(f"labels: {len(missing)} of {K} classes have no row, among them class {missing[0]}.")
-    f = features.detach().cpu().double()
+    N, D = features.shape
+    whole = N * K <= _WHOLE
+    # a copy of one's own: it is divided in place
+    f = features.detach().cpu().double() if whole else features.detach().to(device, torch.float32, copy=True)
     scale = float(f.square().sum(1).mean().sqrt())
     if scale == 0:
         raise DataError("features: expected features that differ from zero, but all of them are zero.")
-    f = f / scale
-    N, D = f.shape
-    log_prior = check_number("tau", tau, at_least=0) * (counts.double() / N).log()
+    f = f / scale if whole else f.div_(scale)
+    log_prior = (check_number("tau", tau, at_least=0) * (counts.double() / N).log()).to(f)
+    labels = labels.to(f.device)
+    shares = None if shares is None else shares.to(f)
+    rows = N if whole else max(1, _PIECE.get(f.device.type, _PIECE["cpu"]) // K)
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        x = torch.from_numpy(flat).view(K, D + 1)
-        W, b = x[:, :D], x[:, D]
-        log_p = torch.log_softmax(torch.addmm(b + log_prior, f, W.T), 1)
-        own = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-        loss = -(own.mean() if shares is None else shares @ own) + 0.5 * weight_decay * W.square().sum()
-        residual = log_p.exp_()
-        residual[torch.arange(N), labels] -= 1
-        if shares is None:
-            residual /= N
-        else:
-            residual *= shares.unsqueeze(1)
-        gradient = torch.cat([residual.T @ f + weight_decay * W, residual.sum(0).unsqueeze(1)], 1)
+        x = torch.from_numpy(flat).view(K, D + 1).to(f)
+        W, b = x[:, :D], x[:, D] + log_prior
+        own = torch.empty_like(f[:, 0])
+        by_weight, by_bias = None, None
+        for start in range(0, N, rows):
+            piece = slice(start, start + rows)
+            y = labels[piece].unsqueeze(1)
+            log_p = torch.log_softmax(torch.addmm(b, f[piece], W.T), 1)
+            own[piece] = log_p.gather(1, y).squeeze(1)
+            residual = log_p.exp_()
+            residual.scatter_add_(1, y, torch.full_like(y, -1, dtype=residual.dtype))
+            if shares is None:
+                residual /= N
+            else:
+                residual *= shares[piece].unsqueeze(1)
+            if by_weight is None or by_bias is None:
+                by_weight, by_bias = residual.T @ f[piece], residual.sum(0)
+            else:
+                by_weight.addmm_(residual.T, f[piece])
+                by_bias += residual.sum(0)
+        assert by_weight is not None and by_bias is not None
+        own = own.double()
+        loss = -(own.mean() if shares is None else shares.double() @ own) + 0.5 * weight_decay * W.square().sum()
+        gradient = torch.cat([by_weight + weight_decay * W, by_bias.unsqueeze(1)], 1)
         if not bias:
             gradient[:, D] = 0
-        return float(loss), gradient.numpy().ravel()
+        return float(loss), gradient.double().cpu().numpy().ravel()
 
     start = np.zeros(K * (D + 1))
     found = minimize(
@@ -99,7 +132,10 @@ def refit_classifier(
         start,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": check_integer("max_steps", max_steps, at_least=1)},
+        options={
+            "maxiter": check_integer("max_steps", max_steps, at_least=1),
+            "gtol": min(_TOLERANCE, _SHARE * int(counts.min()) / N),
+        },
     )
     x = torch.from_numpy(found.x).view(K, D + 1)
     return (x[:, :D] / scale).float(), (x[:, D] - x[:, D].mean()).float()

@@ -24,6 +24,7 @@ from ..errors import ConfigError, KrdistillError, ModelError
 from ..kinds import NOUNS, as_batch
 from ..models.network import Network
 from ..objective import Objective
+from ..outputs import Outputs
 from ..rng import drawing
 from ..sampling import Sampling, epoch_order
 from .compiling import compile_mode
@@ -543,6 +544,53 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def collect(
+    network: torch.nn.Module,
+    data: Examples,
+    wanted: Callable[[Outputs], tuple[Tensor, ...]],
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+    world: World | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, ...]:
+    """What is wanted of a network's answers to images as they are (no augmentation); many processes ask for a share
+    each.
+
+    Args:
+        network: put on the device, and into evaluation mode.
+        data: N images.
+        wanted: from the answers to a batch, on the device, to one or more tensors with a row per image. What it leaves
+            out is never held: the logits of 400,000 images of 8,000 classes are 13 GB.
+        device: where the network works.
+        batch_size: images at once.
+        world: the processes that share the work.
+        on_step: told the images done and their number.
+
+    Returns:
+        Each of the tensors for all images, ``(N, ...)``, on the CPU.
+    """
+    place(network.eval(), device)
+    found: list[Tensor] = []
+    world, rows = world or World.alone(), torch.arange(len(data))
+    spread = 1 < world.size <= len(data)
+    own = share(rows, world) if spread else rows
+    with torch.no_grad():
+        for done in range(0, len(own), batch_size):
+            until = min(done + batch_size, len(own))
+            parts = wanted(network(as_batch(data.inputs[int(own[done]) : int(own[until - 1]) + 1].to(device))))
+            if not found:  # written into, rather than joined at the end: that would hold everything twice
+                found = [torch.empty((len(own), *part.shape[1:]), dtype=part.dtype) for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[done:until] = part
+            if on_step is not None:
+                on_step(until, len(own))
+    if not spread:
+        return tuple(found)
+    sizes = share_sizes(len(data), world)
+    return tuple(gather_rows(part, sizes, world) for part in found)
+
+
 def collect_outputs(
     network: torch.nn.Module,
     data: Examples,
@@ -552,26 +600,21 @@ def collect_outputs(
     world: World | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A network's answers to images as they are (no augmentation); many processes ask for a share each.
+    """A network's logits and features, as :func:`collect` collects them.
 
     Returns:
         Logits ``(N, K)`` and features ``(N, D)``, float32 on the CPU.
     """
-    place(network.eval(), device)
-    logits, features = [], []
-    world, rows = world or World.alone(), torch.arange(len(data))
-    spread = 1 < world.size <= len(data)
-    own = share(rows, world) if spread else rows
-    with torch.no_grad():
-        for done in range(0, len(own), batch_size):
-            first, last = int(own[done]), int(own[min(done + batch_size, len(own)) - 1])
-            out = network(as_batch(data.inputs[first : last + 1].to(device)))
-            logits.append(out.logits.float().cpu())
-            features.append(out.feature.float().cpu())
-            if on_step is not None:
-                on_step(min(done + batch_size, len(own)), len(own))
-    found = torch.cat(logits), torch.cat(features)
-    if spread:
-        sizes = share_sizes(len(data), world)
-        return gather_rows(found[0], sizes, world), gather_rows(found[1], sizes, world)
-    return found
+    logits, features = collect(
+        network, data, lambda out: (out.logits.float(), out.feature.float()),
+        device=device, batch_size=batch_size, world=world, on_step=on_step,
+    )  # fmt: skip
+    return logits, features
+
+
+def collect_features(
+    network: torch.nn.Module, data: Examples, *, device: torch.device, world: World | None = None
+) -> Tensor:
+    """A network's features alone, ``(N, D)``, float32 on the CPU."""
+    (features,) = collect(network, data, lambda out: (out.feature.float(),), device=device, world=world)
+    return features
