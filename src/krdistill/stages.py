@@ -272,8 +272,13 @@ def _profile(features: Tensor, train: Examples, logits: Tensor, labels: Tensor, 
         means = class_means(features, train.labels, train.num_classes)
     else:
         means = features.new_zeros(train.num_classes, 0)
-    kept = _some_of_each(train.labels, max(train.num_classes, MAX_FEATURE_VALUES // max(1, features.shape[1])))
+    kept = kept_rows(train.labels, train.num_classes, features.shape[1])
     return TeacherProfile(means, logits, labels, words, features[kept], train.labels[kept])
+
+
+def kept_rows(labels: Tensor, num_classes: int, dim: int) -> Tensor:
+    """Which training examples' features of that width a profile keeps; see :data:`MAX_FEATURE_VALUES`."""
+    return _some_of_each(labels, max(num_classes, MAX_FEATURE_VALUES // max(1, dim)))
 
 
 def train_experts(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from krdistill.errors import ArgumentError, DataError
 from krdistill.outputs import Outputs
 from krdistill.rectify import classifier_refit
-from krdistill.rectify.classifier_refit import RefittedTeacher, refit_classifier
+from krdistill.rectify.classifier_refit import RefittedTeacher, refit_classifier, seconds_to_fit
 
 COUNTS = (120, 40, 6)
 
@@ -181,3 +181,18 @@ def test_the_default_penalty_is_smaller_where_classes_are_many(K: int, weight_de
         refit_classifier(features, labels, K, max_steps=5, **o) for o in ({}, {"weight_decay": weight_decay})
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_how_long_it_will_take_grows_with_the_rows_and_is_soon_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(classifier_refit._PIECE, "cpu", 20_000)
+    asked = []
+    objective = classifier_refit._objective
+
+    def counted(f: torch.Tensor, *rest: object, **options: object) -> object:
+        asked.append((f.dtype, len(f)))
+        return objective(f, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(classifier_refit, "_objective", counted)
+    few, many = seconds_to_fit(300, 100, 8), seconds_to_fit(3_000_000, 100, 8)
+    assert 0 < few < many
+    assert asked == [(torch.float64, 300), (torch.float32, 600), (torch.float32, 200)]

@@ -17,8 +17,10 @@ from ..models.teacher import Teacher
 from ..objective import Objective, TeacherProfile, classification_term
 from ..outputs import Outputs
 from ..recipes import resolve_recipe
+from ..recipes.distill import DistillOptions
+from ..rectify.classifier_refit import seconds_to_fit
 from ..runfolder import RunFolder
-from ..stages import MAX_VIEW_VALUES, build_task
+from ..stages import MAX_VIEW_VALUES, build_task, kept_rows
 from ..training.loop import Trainer, collect_outputs
 from ..training.task import Task
 from .answers import bank_is_there
@@ -30,6 +32,7 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
 
     Returns:
         Stage to seconds; evaluation on the way is counted in, and epochs that a checkpoint holds are not.
+        ``classifier`` is the one that is fitted on the teacher's features, where a recipe asks for it.
     """
     folder = RunFolder(out, plan.config)
     config, data = plan.config, plan.data
@@ -82,6 +85,10 @@ def estimate_seconds(plan: Plan, out: Path, *, steps: int = 3) -> dict[str, floa
         collect_outputs(teacher, probe, device=plan.device)
         result["bank"] = (time.perf_counter() - started) / len(probe) * len(data.train) * views
     profile = _noise(plan.prior.num_classes, dim)
+    left_over = [options for stage, _, _, options in plan.recipes if folder.done(stage) is None]
+    if dim and any(isinstance(options, DistillOptions) and options.refits for options in left_over):
+        rows = len(kept_rows(data.train.labels, plan.prior.num_classes, dim))
+        result["classifier"] = seconds_to_fit(rows, plan.prior.num_classes, dim, plan.device)
     known: dict[tuple[bool, bool], float] = {}
     for stage, _, recipe, options in plan.recipes:
         if folder.done(stage) is not None:

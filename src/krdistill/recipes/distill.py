@@ -74,7 +74,12 @@ class DistillOptions(Options):
     @property
     def uses_features(self) -> bool:
         weights = (self.feature_weight, self.contrast_weight, self.classifier_weight)
-        return any(w > 0 for w in weights) or (self.prior == "refit" and self.logit_weight > 0)
+        return any(w > 0 for w in weights) or self.refits
+
+    @property
+    def refits(self) -> bool:
+        """Whether a classifier fitted on the teacher's features answers for it."""
+        return self.prior == "refit" and (self.logit_weight > 0 or self.classifier_weight > 0)
 
     @model_validator(mode="after")
     def _nothing_silent(self) -> DistillOptions:
@@ -122,7 +127,7 @@ def build(options: DistillOptions, context: ObjectiveContext) -> Objective:
     terms = [context.labels_term(options.classification, options.classification_weight)]
     on_predictions = options.logit_weight > 0 or options.classifier_weight > 0
     removed = resolve_tau(options, context) if on_predictions else None
-    refitted = refitted_teacher(context, options.tau) if on_predictions and options.prior == "refit" else None
+    refitted = refitted_teacher(context, options.tau) if options.refits else None
     if removed and options.logit_weight > 0:
         terms.append(_logit_term(options, context, *removed))
     head = context.teacher_head if refitted is None else refitted.classifier

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.optimize import minimize
@@ -13,6 +16,7 @@ from ..outputs import Outputs
 
 _WHOLE = 1 << 26  # logits, N * K, that are held at once in float64: half a GiB
 _PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits in work at once beyond that: what a cache holds, and 256 MiB
+_EVALUATIONS = 130  # 70 to 190, of features of 100 to 1,000 classes
 _TOLERANCE = 1e-5  # of the largest entry of the gradient
 _SHARE = 0.05  # of a class's share of the rows, which bounds its gradient: else a rare class would count as fitted
 
@@ -95,7 +99,29 @@ def refit_classifier(
     log_prior = (check_number("tau", tau, at_least=0) * (counts.double() / N).log()).to(f)
     labels = labels.to(f.device)
     shares = None if shares is None else shares.to(f)
-    rows = N if whole else max(1, _PIECE.get(f.device.type, _PIECE["cpu"]) // K)
+    value = _objective(f, labels, log_prior, shares, weight_decay=weight_decay, bias=bias)
+    start = np.zeros(K * (D + 1))
+    found = minimize(
+        value,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxiter": check_integer("max_steps", max_steps, at_least=1),
+            "gtol": min(_TOLERANCE, _SHARE * int(counts.min()) / N),
+        },
+    )
+    x = torch.from_numpy(found.x).view(K, D + 1)
+    return (x[:, :D] / scale).float(), (x[:, D] - x[:, D].mean()).float()
+
+
+def _objective(
+    f: Tensor, labels: Tensor, log_prior: Tensor, shares: Tensor | None, *, weight_decay: float, bias: bool
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """The objective and its gradient at weights and biases ``(K * (D + 1),)``, whole for float64, else in pieces."""
+    N, D = f.shape
+    K = len(log_prior)
+    rows = N if f.dtype == torch.float64 else max(1, _PIECE.get(f.device.type, _PIECE["cpu"]) // K)
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(flat).view(K, D + 1).to(f)
@@ -126,19 +152,40 @@ def refit_classifier(
             gradient[:, D] = 0
         return float(loss), gradient.double().cpu().numpy().ravel()
 
-    start = np.zeros(K * (D + 1))
-    found = minimize(
-        value,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={
-            "maxiter": check_integer("max_steps", max_steps, at_least=1),
-            "gtol": min(_TOLERANCE, _SHARE * int(counts.min()) / N),
-        },
-    )
-    x = torch.from_numpy(found.x).view(K, D + 1)
-    return (x[:, :D] / scale).float(), (x[:, D] - x[:, D].mean()).float()
+    return value
+
+
+def seconds_to_fit(num_rows: int, num_classes: int, dim: int, device: torch.device | None = None) -> float:
+    """About how long :func:`refit_classifier` takes, by evaluations of its objective on some rows of noise.
+
+    Args:
+        num_rows: N.
+        num_classes: K.
+        dim: D.
+        device: as there.
+
+    Returns:
+        Seconds. How many evaluations it will take is not known beforehand: the middle of what was seen is taken.
+    """
+    N, K, D = num_rows, num_classes, dim
+    some = min(N, max(1, _PIECE["cpu"] // K))
+    more = min(N, 3 * some)
+    generator, start = torch.Generator().manual_seed(0), np.zeros(K * (D + 1))
+
+    def seconds(rows: int) -> float:
+        f = torch.rand(rows, D, generator=generator)
+        f = f.double() if N * K <= _WHOLE else f.to(device)
+        labels = torch.arange(rows, device=f.device) % K
+        value = _objective(f, labels, f.new_zeros(K), None, weight_decay=1e-5, bias=True)
+        value(start)
+        started = time.perf_counter()
+        value(start)
+        return time.perf_counter() - started
+
+    once = seconds(more)
+    if more < N:  # what does not grow with the rows counts once
+        once += max(0.0, once - seconds(some)) / (more - some) * (N - more)
+    return once * _EVALUATIONS
 
 
 class RefittedTeacher(nn.Module):
