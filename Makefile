@@ -40,6 +40,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/refit.py --json benchmarks/results/refit.json
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/device.py --json benchmarks/results/device.json
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/performance.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,28 @@ def scaling(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def refit(result: dict[str, Any]) -> str:
+    ways = ("whole, float64", "pieces, float32")
+    cost = [
+        [f"{r['images']:,}", f"{r['classes']:,}", str(r["width"]), *(f"{r[w]['seconds']:.3f}" for w in ways),
+         *(f"{r[w]['mib']:,.0f}" for w in ways)]
+        for r in result["cost"]
+    ]  # fmt: skip
+    penalty = []
+    for r in result["penalty"]:
+        row = [f"{r['images']:,}", f"{r['classes']:,}", f"{r['largest']:,} to {r['smallest']}"]
+        for part in ("all", "rarest third"):
+            found = [[100 * seed[which][part] for which in ("fixed", "default")] for seed in r["seeds"]]
+            row += [f"{statistics.mean(column):.1f}" for column in zip(*found, strict=True)]
+        penalty.append(row)
+    head = ["images", "classes", "width", *(f"{w}, s" for w in ways), *(f"{w}, MiB" for w in ways)]
+    fixed = f"{result['provenance']['fixed']:.0e}".replace("e-0", "e-")
+    columns = [f"{part}, {which}" for part in ("all", "rarest third") for which in (fixed, "default")]
+    seeds = f"Mean of {len(result['provenance']['seeds'])} seeds."
+    fitted = _table(["images", "classes", "a class", *columns], penalty)
+    return "\n\n".join([_table(head, cost), fitted, f"{seeds} {_where(result, 'refit')}"])
+
+
 def decode(result: dict[str, Any]) -> str:
     rows = [[name, f"{row['images_per_second']:,.0f}"] for name, row in result["results"].items()]
     return f"{_table(['', 'images/s'], rows)}\n\n{_where(result, 'decode')}"
@@ -190,7 +213,7 @@ def device(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step, "views": views, "losses": losses, "augment": augment, "decode": decode, "startup": startup,
-    "scaling": scaling, "device": device,
+    "scaling": scaling, "refit": refit, "device": device,
 }  # fmt: skip
 
 
