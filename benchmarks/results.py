@@ -38,6 +38,8 @@ PRESETS = ROOT / "src" / "krdistill" / "presets"
 FIRST = (
     "rivals",
     "tiny",
+    "tiny-more",
+    "tiny-penalty",
     "tuned",
     "tuning",
     "tuning-more",
