@@ -206,3 +206,14 @@ def test_rows_of_no_weight_leave_the_refitted_classifier_as_it_is() -> None:
         refit_classifier(x, y, 3, row_weights=torch.zeros(len(y)))
     with pytest.raises(ArgumentError, match="row_weights: expected"):
         refit_classifier(x, y, 3, row_weights=-torch.ones(len(y)))
+
+
+def test_many_classes_have_a_smaller_penalty() -> None:
+    K = 250
+    labels = torch.arange(2 * K) % K
+    x = torch.randn(2 * K, 3, generator=torch.Generator().manual_seed(0))
+    by_default, as_said, fixed = (
+        fit_dlsa(x, labels, K, depth=0, max_steps=30, clusters=2, **o)[0](x)
+        for o in ({}, {"weight_decay": 1e-3 / K}, {"weight_decay": 1e-5})
+    )
+    assert torch.equal(by_default, as_said) and not torch.allclose(by_default, fixed, atol=1e-3)

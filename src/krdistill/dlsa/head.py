@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import at_least_float32, check_integer, check_matrix, check_number, like
 from ..errors import ArgumentError, DataError
-from ..rectify.classifier_refit import refit_classifier
+from ..rectify.classifier_refit import checked_weight_decay, refit_classifier
 from ..rng import derive_seed
 from .clusters import class_distributions, cluster_counts, others_distributions, size_entropy
 from .flow import MixtureFlow, assign, check_rows, fit_flow
@@ -95,7 +95,7 @@ def fit_dlsa(
     held_out: tuple[Tensor, Tensor] | None = None,
     share: float = 0.3,
     outside: float = 1.0,
-    weight_decay: float = 1e-5,
+    weight_decay: float | None = None,
     max_steps: int = 200,
     clusters: int = 50,
     seed: int = 0,
@@ -117,7 +117,7 @@ def fit_dlsa(
         share: of a level's rows that stay there, in (0, 1).
         outside: what a training row of elsewhere counts in a level's classifier, in [0, 1]. The flow knows its training
             rows better than new ones, so new rows of a rare class go other ways; 0 as the authors.
-        weight_decay, max_steps: of the classifiers.
+        weight_decay, max_steps: of the classifiers; by default as there.
         clusters: M, at most N.
         seed: of the flows.
         flow: the other arguments of :func:`~krdistill.dlsa.flow.fit_flow`.
@@ -203,7 +203,7 @@ def _fit_classifier(
     num_classes: int,
     row_weights: Tensor,
     *,
-    weight_decay: float,
+    weight_decay: float | None,
     max_steps: int,
 ) -> nn.Linear:
     """A balanced linear classifier on blocks of columns, which the penalty meets at the same scale."""
@@ -213,7 +213,7 @@ def _fit_classifier(
     if not bool(row_weights.any()):
         row_weights = torch.ones_like(row_weights)  # nobody is left: what classifies them is never asked in training
     # Its penalty is on the scale of all columns together; so that of x is the same, however many blocks there are.
-    weight_decay = check_number("weight_decay", weight_decay, above=0) / len(blocks)
+    weight_decay = checked_weight_decay(weight_decay, num_classes) / len(blocks)
     weight, bias = refit_classifier(
         scaled, labels, num_classes, weight_decay=weight_decay, max_steps=max_steps, row_weights=row_weights
     )

@@ -77,7 +77,7 @@ def refit_classifier(
     K = check_integer("num_classes", num_classes, at_least=2)
     check_finite("features", check_matrix("features", features, "(N, D)"))
     labels = check_labels(labels.cpu() if isinstance(labels, Tensor) else labels, features.shape[0], K).long()
-    weight_decay = min(1e-5, 1e-3 / K) if weight_decay is None else check_number("weight_decay", weight_decay, above=0)
+    weight_decay = checked_weight_decay(weight_decay, K)
     shares = None
     if row_weights is not None:
         row_weights = check_per_class("row_weights", row_weights, len(labels), low=0, expected="numbers >= 0")
@@ -113,6 +113,11 @@ def refit_classifier(
     )
     x = torch.from_numpy(found.x).view(K, D + 1)
     return (x[:, :D] / scale).float(), (x[:, D] - x[:, D].mean()).float()
+
+
+def checked_weight_decay(given: float | None, num_classes: int) -> float:
+    """The penalty that was asked for, or the default for so many classes; see :func:`refit_classifier`."""
+    return min(1e-5, 1e-3 / num_classes) if given is None else check_number("weight_decay", given, above=0)
 
 
 def _objective(
