@@ -96,9 +96,10 @@ def refit_classifier(
     if scale == 0:
         raise DataError("features: expected features that differ from zero, but all of them are zero.")
     f = f / scale if whole else f.div_(scale)
-    log_prior = (check_number("tau", tau, at_least=0) * (counts.double() / N).log()).to(f)
-    labels = labels.to(f.device)
-    shares = None if shares is None else shares.to(f)
+    log_prior = check_number("tau", tau, at_least=0) * (counts.double() / N).log()
+    # the dtype first: not every device has float64
+    log_prior, labels = log_prior.to(f.dtype).to(f.device), labels.to(f.device)
+    shares = None if shares is None else shares.to(f.dtype).to(f.device)
     value = _objective(f, labels, log_prior, shares, weight_decay=weight_decay, bias=bias)
     start = np.zeros(K * (D + 1))
     found = minimize(
@@ -129,17 +130,17 @@ def _objective(
     rows = N if f.dtype == torch.float64 else max(1, _PIECE.get(f.device.type, _PIECE["cpu"]) // K)
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        x = torch.from_numpy(flat).view(K, D + 1).to(f)
+        x = torch.from_numpy(flat).view(K, D + 1).to(f.dtype).to(f.device)
         W, b = x[:, :D], x[:, D] + log_prior
         own = torch.empty_like(f[:, 0])
         by_weight, by_bias = None, None
         for start in range(0, N, rows):
             piece = slice(start, start + rows)
-            y = labels[piece].unsqueeze(1)
+            y = labels[piece]
             log_p = torch.log_softmax(torch.addmm(b, f[piece], W.T), 1)
-            own[piece] = log_p.gather(1, y).squeeze(1)
+            own[piece] = log_p.gather(1, y.unsqueeze(1)).squeeze(1)
             residual = log_p.exp_()
-            residual.scatter_add_(1, y, torch.full_like(y, -1, dtype=residual.dtype))
+            residual[torch.arange(len(y), device=y.device), y] -= 1
             if shares is None:
                 residual /= N
             else:
@@ -150,12 +151,13 @@ def _objective(
                 by_weight.addmm_(residual.T, f[piece])
                 by_bias += residual.sum(0)
         assert by_weight is not None and by_bias is not None
-        own = own.double()
-        loss = -(own.mean() if shares is None else shares.double() @ own) + 0.5 * weight_decay * W.square().sum()
+        own = own.cpu().double()
+        fit = own.mean() if shares is None else shares.cpu().double() @ own
+        loss = float(0.5 * weight_decay * W.square().sum()) - float(fit)
         gradient = torch.cat([by_weight + weight_decay * W, by_bias.unsqueeze(1)], 1)
         if not bias:
             gradient[:, D] = 0
-        return float(loss), gradient.double().cpu().numpy().ravel()
+        return loss, gradient.cpu().double().numpy().ravel()
 
     return value
 
