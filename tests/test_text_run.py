@@ -70,7 +70,7 @@ def finished(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package)
     out = tmp_path_factory.mktemp("run") / "text"
     plan = prepare(load_config(config(table)))
-    assert set(estimate_seconds(plan, out)) == {"teacher", "bank", "baselines/kd", "student"}
+    assert set(estimate_seconds(plan, out)) == {"teacher", "bank", "classifier", "baselines/kd", "student"}
     run(plan, out, report=True)
     return out
 
